@@ -1,0 +1,297 @@
+"""What goes in: data sets, transforms, samplers, loaders. Knows nothing of models.
+
+Every image comes out as float32 (3, H, W) with pixels in [-1, 1]. All randomness of a sample, its
+augmentation and its mask, is seeded by (seed, epoch, index): it depends neither on the number of
+workers or ranks, nor on where a run was stopped and resumed.
+"""
+import math
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as T
+
+from runtime import InputError, derive_seed, rank, world_size
+
+
+# ------------------------------------------------------------------------------------------------
+# The embedded data set: scenes drawn by code
+
+def polygon(*corners):
+    """Inside test of a polygon in the plane, by crossing number."""
+    def inside(u, v):
+        odd = np.zeros(u.shape, bool)
+        for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1]):
+            if y0 != y1:
+                odd ^= ((y0 > v) != (y1 > v)) & (u < (x1 - x0) * (v - y0) / (y1 - y0) + x0)
+        return odd
+    return inside
+
+
+def star(points, inner):
+    return polygon(*((r * math.sin(a), -r * math.cos(a)) for i in range(2 * points)
+                     for r, a in [((1, inner)[i % 2], math.pi * i / points)]))
+
+
+SHAPES = {                                                 # each about the unit disk
+    "disk": lambda u, v: u * u + v * v < 0.8,
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.75) < 0.22,
+    "triangle": star(3, 0.5),
+    "square": polygon((-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)),
+    "bar": polygon((-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)),
+    "cross": lambda u, v: (np.minimum(np.abs(u), np.abs(v)) < 0.28) & (np.maximum(np.abs(u), np.abs(v)) < 0.95),
+    "star": star(5, 0.4),
+    "crescent": lambda u, v: (u * u + v * v < 0.95) & ((u - 0.5) ** 2 + v * v > 0.6),
+    "arrow": polygon((0, -1), (0.8, 0), (0.3, 0), (0.3, 1), (-0.3, 1), (-0.3, 0), (-0.8, 0)),
+    "corner": polygon((-0.8, -0.8), (-0.2, -0.8), (-0.2, 0.2), (0.8, 0.2), (0.8, 0.8), (-0.8, 0.8)),
+}
+
+
+class Synthetic(Dataset):
+    """Scenes of one textured shape over a textured ground with clutter → (PIL image, class).
+
+    The class is the shape; colours, textures, place, size, rotation, ground and clutter say nothing of
+    it. Deterministic by (seed, split, index); the splits share no image.
+    """
+
+    classes = list(SHAPES)
+
+    def __init__(self, split="train", number=10_000, image_size=32, seed=0):
+        self.split, self.number, self.size, self.seed = split, number, image_size, seed
+        self.targets = [i % len(SHAPES) for i in range(number)]
+        self.drawn = {}                                    # small ones are kept: drawing costs more than augmenting
+
+    def __len__(self):
+        return self.number
+
+    def __getitem__(self, index):
+        if index not in self.drawn:
+            image = self.draw(index)
+            if self.size > 64:
+                return Image.fromarray(image), self.targets[index]
+            self.drawn[index] = image
+        return Image.fromarray(self.drawn[index]), self.targets[index]
+
+    def draw(self, index):
+        rng = np.random.default_rng([self.seed, self.split == "train", index])
+        n = 2 * self.size                                  # drawn at twice the size, then averaged
+        y, x = np.mgrid[0:n, 0:n] / (n / 2) - 1            # [-1, 1) across the image
+        image = self.texture(rng, x, y)
+        for _ in range(rng.integers(2, 5)):                # clutter: small disks, bars and corners of all colours
+            piece = SHAPES[("disk", "bar", "corner")[rng.integers(3)]]
+            self.paste(rng, image, x, y, piece, rng.uniform(0.06, 0.16), rng.uniform(-1, 1, 2))
+        size = rng.uniform(0.35, 0.65)
+        self.paste(rng, image, x, y, SHAPES[self.classes[self.targets[index]]], size,
+                   rng.uniform(size - 1, 1 - size, 2))
+        image = image.reshape(self.size, 2, self.size, 2, 3).mean((1, 3)) + rng.normal(0, 0.02, (self.size, self.size, 3))
+        return (image.clip(0, 1) * 255).round().astype(np.uint8)
+
+    def paste(self, rng, image, x, y, shape, size, centre):
+        n = len(image)
+        box = tuple(slice(*np.clip([(c - 1.5 * size + 1) * n / 2, (c + 1.5 * size + 1) * n / 2 + 1], 0, n).astype(int))
+                    for c in centre[::-1])                 # all that the shape can reach
+        angle, x, y = rng.uniform(0, 2 * math.pi), x[box] - centre[0], y[box] - centre[1]
+        c, s = math.cos(angle) / size, math.sin(angle) / size
+        u, v = c * x + s * y, c * y - s * x
+        inside = shape(u, v)
+        image[box][inside] = self.texture(rng, u[inside], v[inside])
+
+    @staticmethod
+    def texture(rng, u, v):
+        """Stripes, checks, dots or a gradient between two random colours → (…, 3) in [0, 1]."""
+        first, second = rng.uniform(0, 1, (2, 3))
+        angle, frequency, kind = rng.uniform(0, math.pi), rng.uniform(2, 6), rng.integers(4)
+        c, s = math.cos(angle), math.sin(angle)
+        a, b = u * c + v * s, v * c - u * s
+        if kind == 0:
+            weight = a * frequency % 1 < 0.5
+        elif kind == 1:
+            weight = (a * frequency % 1 < 0.5) ^ (b * frequency % 1 < 0.5)
+        elif kind == 2:
+            weight = (a * frequency % 1 - 0.5) ** 2 + (b * frequency % 1 - 0.5) ** 2 < 0.1
+        else:
+            weight = (0.5 * a + 0.5).clip(0, 1)
+        return first + weight[..., None] * (0.6 * (second - first))
+
+
+# ------------------------------------------------------------------------------------------------
+# Data sets by name
+
+def load_dataset(name, split, image_size, root="data"):
+    """The data set of --data: yields (PIL image, class) and has .classes and .targets.
+
+    split: "train" or "val". Raises InputError where it is not there.
+    """
+    if name.partition(":")[0] == "synthetic":
+        number = int(name.partition(":")[2] or 10_000)
+        return Synthetic(split, number if split == "train" else max(number // 5, 100), image_size)
+    if name in ("cifar10", "cifar100"):
+        kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        if dist.is_initialized() and not first:
+            dist.barrier()                                 # one rank a machine downloads
+        try:
+            dataset = kind(root, train=split == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"--data {name}: not in {root}/ and not to be downloaded ({error}); put the archive of its "
+                             f"python version into {root}/, or pass a folder with train/ and val/") from error
+        if dist.is_initialized() and first:
+            dist.barrier()
+        return dataset
+    folder = Path(name) / split
+    if not folder.is_dir():
+        why = f"it has no {split}/ folder" if Path(name).is_dir() else "no such folder"
+        raise InputError(f"--data {name}: {why}; pass the folder that holds train/ and val/, each with a folder a class")
+    try:
+        dataset = torchvision.datasets.ImageFolder(folder)
+    except (OSError, RuntimeError) as error:               # no class folders, or an empty one
+        raise InputError(f"--data {folder}: {str(error).splitlines()[0]}") from error
+    classes = sorted(entry.name for entry in (Path(name) / "train").iterdir() if entry.is_dir())
+    if dataset.classes != classes:
+        raise InputError(f"--data {name}: train/ and val/ have different classes")
+    return dataset
+
+
+def label_subset(targets, fraction, seed):
+    """Indices of a random `fraction` of the images, the same number of each class (at least one)."""
+    order = np.random.default_rng(seed).permutation(len(targets))
+    targets = np.asarray(targets)[order]
+    keep = [order[targets == c][:max(1, round(fraction * (targets == c).sum()))] for c in np.unique(targets)]
+    return np.sort(np.concatenate(keep)).tolist()
+
+
+# ------------------------------------------------------------------------------------------------
+# Transforms: PIL image → float32 (3, H, W) in [-1, 1]
+
+BICUBIC = InterpolationMode.BICUBIC
+
+
+def to_pixels(image):
+    """The one place where pixels get their range: PIL image → float32 (3, H, W), [0, 255] → [-1, 1]."""
+    return T.functional.pil_to_tensor(image).float() / 127.5 - 1
+
+
+def pretrain_transform(size, crop_min=0.08, jitter=0.4):
+    """BEiT's: random resized crop, flip, colour jitter."""
+    return T.Compose([T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC), T.RandomHorizontalFlip(),
+                      T.ColorJitter(jitter, jitter, jitter), to_pixels])
+
+
+def tokenizer_transform(size, crop_min=0.08):
+    """Random resized crop and flip; our choice, the paper is silent."""
+    return T.Compose([T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC), T.RandomHorizontalFlip(), to_pixels])
+
+
+def teacher_transform(size, crop_min=0.08):
+    """MoCo v3's two views, which are BYOL's (appendix B) with a crop of at least 8 %. Returns two transforms.
+    The blur's kernel is a tenth of the image, as there."""
+    def view(blur, solarize):
+        kernel = max(3, int(0.1 * size) // 2 * 2 + 1)
+        return T.Compose([
+            T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC),
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            T.RandomGrayscale(0.2),
+            T.RandomApply([T.GaussianBlur(kernel, (0.1, 2.0))], p=blur),
+            T.RandomSolarize(128, p=solarize),
+            T.RandomHorizontalFlip(), to_pixels])
+    return view(1.0, 0.0), view(0.1, 0.2)
+
+
+def finetune_transform(size, crop_min=0.08, magnitude=27, erasing=0.25):
+    """BEiT's: random resized crop, flip, RandAugment, random erasing by noise.
+
+    Its RandAugment is timm's at magnitude 9 of 10, here torchvision's at 27 of 30; timm's magnitude
+    noise of 0.5 is left out.
+    """
+    grey = [128] * 3
+    return T.Compose([T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC), T.RandomHorizontalFlip(),
+                      *([T.RandAugment(2, magnitude, interpolation=BICUBIC, fill=grey)] if magnitude else []),
+                      to_pixels, *([T.RandomErasing(erasing, value="random")] if erasing else [])])
+
+
+def eval_transform(size, crop=0.875):
+    """The shorter side to size / crop, then the centre; crop = 1 for images that come at their size."""
+    return T.Compose([T.Resize(round(size / crop), BICUBIC), T.CenterCrop(size), to_pixels])
+
+
+# ------------------------------------------------------------------------------------------------
+# Loaders
+
+class Samples(Dataset):
+    """A data set under a transform, indexed by (epoch, index) → (transformed image, label)."""
+
+    def __init__(self, dataset, transform, seed):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __getitem__(self, key):
+        epoch, index = key
+        try:
+            image, label = self.dataset[index]
+            image = image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            path = self.dataset.samples[index][0] if hasattr(self.dataset, "samples") else f"image {index}"
+            raise InputError(f"{path}: not a readable image ({error}); restore or remove it") from error
+        seed = derive_seed(self.seed, epoch, index)
+        random.seed(seed)                                  # block masks
+        torch.default_generator.manual_seed(seed)          # torchvision's transforms; manual_seed would touch CUDA too
+        return self.transform(image), label
+
+
+class GlobalBatches(Sampler):
+    """This rank's micro-batches of (epoch, index), from step `start` to step `stop`.
+
+    A step's global batch is the same whatever the number of ranks: the epoch's permutation, seeded by
+    (seed, epoch), is cut into batches, and those into micro-batches in the order accumulation, rank.
+    """
+
+    def __init__(self, indices, batch_size, micro_batch, start, stop, seed):
+        self.indices, self.batch_size, self.micro_batch = indices, batch_size, micro_batch
+        self.start, self.stop, self.seed = start, stop, seed
+
+    def __len__(self):
+        return (self.stop - self.start) * (self.batch_size // self.micro_batch // world_size())
+
+    def __iter__(self):
+        per_epoch, last = len(self.indices) // self.batch_size, None
+        for step in range(self.start, self.stop):
+            epoch, place = divmod(step, per_epoch)
+            if epoch != last:
+                order = np.random.default_rng(derive_seed(self.seed, epoch)).permutation(len(self.indices))
+                last = epoch
+            batch = [(epoch, self.indices[i]) for i in order[place * self.batch_size:(place + 1) * self.batch_size]]
+            for first in range(rank() * self.micro_batch, self.batch_size, world_size() * self.micro_batch):
+                yield batch[first:first + self.micro_batch]
+
+
+def ignore_signals(worker):
+    """torchrun and Ctrl-C signal every process: a worker that died of it would cost the checkpoint."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def make_loader(samples, batches, workers):
+    return DataLoader(samples, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals,
+                      pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+
+
+def train_loader(dataset, transform, args, micro_batch, start, stop, indices=None):
+    """One loader for the whole run, from step `start` on: workers live through all epochs."""
+    indices = range(len(dataset)) if indices is None else indices
+    batches = GlobalBatches(indices, args.batch_size, micro_batch, start, stop, args.seed)
+    return make_loader(Samples(dataset, transform, args.seed), batches, args.workers)
+
+
+def eval_loader(dataset, transform, batch_size, workers, indices=None):
+    """Every image exactly once over all ranks, with no padding: each rank its own share."""
+    keys = [(0, i) for i in (range(len(dataset)) if indices is None else indices)][rank()::world_size()]
+    batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
+    return make_loader(Samples(dataset, transform, 0), batches, workers)

@@ -1,0 +1,245 @@
+"""Stage 3: classification. Fine-tune a pre-trained ViT (PeCo, sec. 4; BEiT), or probe or evaluate one.
+
+    python finetune.py --recipe demo
+    python finetune.py --recipe demo --probe knn
+    torchrun --nproc-per-node 8 finetune.py
+"""
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms import v2 as T
+from tqdm import tqdm
+
+import data
+import runtime
+from model import SIZES, VisionTransformer, load_backbone, param_groups
+
+RECIPES = {
+    "paper": dict(                          # PeCo: 100 epochs, 20 of warm-up to 4e-3, layer decay 0.65; the rest BEiT's base
+        data="data/imagenet", model="base", image_size=224, patch_size=16, pool="mean", batch_size=1024, epochs=100, lr=4e-3,
+        betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.65, warmup_epochs=20, drop_path=0.1, layer_scale=0.1,
+        crop_min=0.08, eval_crop=0.875, randaugment=27, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1),
+    "cifar": dict(                          # our choice
+        data="data/cifar10", model="tiny", image_size=32, patch_size=4, pool="mean", batch_size=512, epochs=100, lr=2e-3,
+        betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.75, warmup_epochs=5, drop_path=0.1, layer_scale=0.1,
+        crop_min=0.4, eval_crop=1.0, randaugment=14, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1),
+    "demo": dict(                           # our choice: few labels
+        data="synthetic", model="nano", image_size=32, patch_size=4, pool="mean", batch_size=50, epochs=40, lr=1e-3,
+        betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.75, warmup_epochs=4, drop_path=0.0, layer_scale=0.1,
+        crop_min=0.5, eval_crop=1.0, randaugment=0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.1, label_fraction=0.03),
+}
+
+
+def get_args(argv=None):
+    p = runtime.parser(__doc__, "finetune")
+    p.add_argument("--init", default="runs/RECIPE/pretrain", help="run or checkpoint of pretrain.py, teacher.py or finetune.py, a file of "
+                   "BEiT's, timm's or MoCo v3's, or none: from scratch")
+    p.add_argument("--eval", action="store_true", help="only evaluate --init, a fine-tuned model")
+    p.add_argument("--probe", choices=["linear", "knn"], help="only classify the frozen features of --init")
+    p.add_argument("--probe-layer", type=int, help="block whose features are probed, from 1; default the last")
+    p.add_argument("--label-fraction", type=float, default=1.0, help="share of the training images used, the same of each class")
+    p.add_argument("--model", choices=SIZES, help="where --init does not say")
+    p.add_argument("--patch-size", type=int, help="pixels")
+    p.add_argument("--pool", choices=["mean", "cls"], help="what is classified: the patches' mean or the class token")
+    p.add_argument("--betas", type=float, nargs=2, help="of AdamW")
+    p.add_argument("--weight-decay", type=float)
+    p.add_argument("--layer-decay", type=float, help="the lr of a block is the next one's times this")
+    p.add_argument("--warmup-epochs", type=float)
+    p.add_argument("--drop-path", type=float, help="rate of the last block, rising from 0")
+    p.add_argument("--layer-scale", type=float, help="initial value where --init is none; 0: none")
+    p.add_argument("--crop-min", type=float, help="smallest random crop, share of the image's area")
+    p.add_argument("--eval-crop", type=float, help="centre crop, share of the side")
+    p.add_argument("--randaugment", type=int, help="magnitude of 30 (27 is timm's 9 of 10); 0: none")
+    p.add_argument("--erasing", type=float, help="probability of random erasing")
+    p.add_argument("--mixup", type=float, help="α; 0: none")
+    p.add_argument("--cutmix", type=float, help="α; 0: none")
+    p.add_argument("--smoothing", type=float, help="of the labels")
+    p.add_argument("--ema-decay", type=float, default=0.0, help="evaluate an average of the weights; 0: none")
+    p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
+    return runtime.parse(p, RECIPES, argv)
+
+
+def build(args, classes):
+    """The ViT that --init asks for → (model, its arguments, digest of --init). classes = 0: its features only."""
+    own = dict(SIZES[args.model], patch_size=args.patch_size, positions="block", layer_scale=args.layer_scale)
+    weights = digest = None
+    if args.init != "none":
+        state = runtime.load_checkpoint(args.init)
+        digest = state.pop("digest", None)
+        if state.get("stage"):
+            if state["stage"] not in ("teacher", "pretrain", "finetune"):
+                raise runtime.InputError(f"--init {args.init}: a checkpoint of {state['stage']}, expected one of teacher, pretrain or finetune")
+            own, weights = dict(state["model_args"]), state["model"]
+        else:                                                       # another project's file: --model names its size
+            weights = state.get("model", state.get("state_dict", state))
+            prefix = "module.base_encoder."                         # MoCo v3's
+            weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)} or weights
+            if "pos_embed" in weights:
+                own.update(positions="absolute", layer_scale=0.0)
+    own.pop("codes", None)
+    if own["positions"] == "shared":                                # BEiT: one bias for each block from here on
+        own["positions"] = "block"
+    own.update(image_size=args.image_size, drop_path=args.drop_path, classes=classes, pool=args.pool)
+    with runtime.input_errors(f"--init {args.init}"):
+        model = VisionTransformer(**own)
+        if weights:
+            load_backbone(model, weights)
+            if args.eval and ("head.weight" not in weights or weights["head.weight"].shape != model.head.weight.shape):
+                raise ValueError(f"no classifier of {classes} classes in it; fine-tune first")
+    return model, own, digest
+
+
+@torch.no_grad()
+def evaluate(args, model, dataset, device):
+    """Top-1 and top-5 in % over every validation image exactly once, whatever the number of ranks."""
+    model.eval()
+    sums = torch.zeros(3, device=device, dtype=torch.float64)
+    loader = data.eval_loader(dataset, data.eval_transform(args.image_size, args.eval_crop), runtime.micro_batch(args), args.workers)
+    for images, labels in loader:
+        labels = labels.to(device)
+        with runtime.autocast(args, device):
+            logits = model(images.to(device))
+        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        sums += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), torch.tensor(len(labels), device=device)])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    model.train()
+    top1, top5, images = sums.tolist()
+    return dict(top1=100 * top1 / images, top5=100 * top5 / images, images=int(images))
+
+
+# ------------------------------------------------------------------------------------------------
+# Probes of frozen features: the patches' mean (or the class token) after a block, not augmented
+
+@torch.no_grad()
+def extract(args, model, dataset, device, indices=None):
+    """Features (images, D) and labels (images,) of a data set, gathered from all ranks."""
+    rows, labels = [], []
+    loader = data.eval_loader(dataset, data.eval_transform(args.image_size, args.eval_crop), runtime.micro_batch(args), args.workers, indices)
+    for images, target in loader:
+        with runtime.autocast(args, device):
+            tokens = model.tokens(images.to(device), until=args.probe_layer)[-1]
+        tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])
+        rows.append((tokens[:, 1:].mean(1) if args.pool == "mean" else tokens[:, 0]).cpu())
+        labels.append(target)
+    part = (torch.cat(rows), torch.cat(labels))
+    parts = [part]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, part)
+    return [torch.cat(tensors).to(device) for tensors in zip(*parts)]
+
+
+def knn(train, train_labels, val, classes, k=20, temperature=0.07):
+    """Predicted classes by the weighted k nearest neighbours in cosine (k, temperature: DINO, 2104.14294)."""
+    train = F.normalize(train, dim=1)
+    predictions = []
+    for rows in F.normalize(val, dim=1).split(1024):
+        similarity, neighbours = (rows @ train.T).topk(min(k, len(train)))
+        votes = torch.zeros(len(rows), classes, device=rows.device)
+        votes.scatter_add_(1, train_labels[neighbours], (similarity / temperature).exp())
+        predictions.append(votes.argmax(1))
+    return torch.cat(predictions)
+
+
+def linear_probe(train, train_labels, val, classes, steps=2000, batch=1024, lr=1e-2, weight_decay=1e-4):
+    """Predicted classes by a linear layer on standardised features; every constant here is our choice."""
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    train, val = (train - mean) / std, (val - mean) / std
+    torch.manual_seed(0)
+    layer = nn.Linear(train.shape[1], classes).to(train.device)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=lr, weight_decay=weight_decay)
+    for step in range(steps):
+        rows = torch.randint(len(train), (min(batch, len(train)),)).to(train.device)
+        optimizer.param_groups[0]["lr"] = runtime.cosine(step, steps, 0, lr)
+        F.cross_entropy(layer(train[rows]), train_labels[rows]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return layer(val).argmax(1)
+
+
+def probe(args, model, dataset, val, device, indices):
+    train, labels = extract(args, model, dataset, device, indices)
+    features, targets = extract(args, model, val, device)
+    predictions = (knn if args.probe == "knn" else linear_probe)(train, labels, features, len(val.classes))
+    return dict(top1=100 * (predictions == targets).float().mean().item(), images=len(targets))
+
+
+# ------------------------------------------------------------------------------------------------
+
+def main(args):
+    device, micro_batch = runtime.device(), runtime.micro_batch(args)
+    dataset = data.load_dataset(args.data, "train", args.image_size)
+    val = data.load_dataset(args.data, "val", args.image_size)
+    indices = data.label_subset(dataset.targets, args.label_fraction, args.seed)
+    torch.manual_seed(args.seed)
+    model, model_args, args.init_digest = build(args, 0 if args.probe else len(val.classes))
+    model.to(device)
+    model.checkpoint_activations = args.checkpoint_activations
+    if args.eval or args.probe:
+        model.eval()
+        row = evaluate(args, model, val, device) if args.eval else probe(args, model, dataset, val, device, indices)
+        if runtime.rank() == 0:
+            print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        return row
+
+    state = runtime.resume(args)
+    epoch_steps, steps = runtime.total_steps(args, len(indices))
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, args.layer_decay), lr=args.lr, betas=tuple(args.betas))
+    modules = dict(model=model)
+    if args.ema_decay:
+        modules["ema"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
+    start, best = runtime.begin(args, state, modules, optimizer)
+
+    transform = data.finetune_transform(args.image_size, args.crop_min, args.randaugment, args.erasing)
+    batches = iter(data.train_loader(dataset, transform, args, micro_batch, start, steps, indices))
+    mixes = [kind(alpha=alpha, num_classes=len(val.classes)) for kind, alpha in ((T.MixUp, args.mixup), (T.CutMix, args.cutmix)) if alpha]
+    mix = T.RandomChoice(mixes) if mixes else None                  # either, at even odds
+    if args.compile:
+        model.compile()
+    network, autocast, stop = runtime.distribute(model, device), runtime.autocast(args, device), runtime.StopSignal()
+
+    def validate():
+        row = evaluate(args, modules["ema"].module if args.ema_decay else model, val, device)
+        runtime.log(args, step=done, epoch=done / epoch_steps, split="val", **row)
+        return row["top1"]
+
+    clock, seen, losses = time.time(), 0, 0.0
+    for step in tqdm(range(start, steps), initial=start, total=steps, disable=None if runtime.rank() == 0 else True):
+        lr = runtime.cosine(step, steps, args.warmup_epochs * epoch_steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        micro_batches = [next(batches) for _ in range(args.accumulate)]
+        torch.manual_seed(runtime.derive_seed(args.seed, step, runtime.rank()))    # mixup, cutmix, drop path
+        step_loss = 0.0
+        for i, (images, labels) in enumerate(micro_batches):
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            if mix:
+                images, labels = mix(images, labels)                                # labels → (B, classes)
+            with runtime.accumulating(network, i == args.accumulate - 1):
+                with autocast:
+                    logits = network(images)                                        # (B, classes)
+                    loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing)
+                (loss / args.accumulate).backward()
+            step_loss += loss.detach() / args.accumulate
+        norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf"))           # BEiT does not clip here
+        loss, stopped = runtime.check_step(step, step_loss, norm, stop, device)
+        optimizer.step()
+        optimizer.zero_grad()
+        if args.ema_decay:
+            modules["ema"].update_parameters(model)
+
+        losses, seen, done = losses + loss, seen + 1, step + 1
+        if done % args.log_every == 0 or done == steps:
+            runtime.log(args, step=done, epoch=done / epoch_steps, loss=losses / seen, lr=lr,
+                        images_per_s=seen * args.batch_size / (time.time() - clock))
+            clock, seen, losses = time.time(), 0, 0.0
+        best = runtime.checkpoint(args, done, steps, epoch_steps, stopped, modules, optimizer, model_args, validate, best)
+
+
+if __name__ == "__main__":
+    runtime.launch(main, get_args())

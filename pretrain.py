@@ -1,0 +1,135 @@
+"""Stage 2: masked image modelling, a ViT that predicts the codes of masked patches (PeCo, sec. 3; BEiT).
+
+    python pretrain.py --recipe demo
+    torchrun --nproc-per-node 8 pretrain.py --epochs 800
+"""
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import data
+import runtime
+from model import SIZES, VisionTransformer, VQTokenizer, block_mask, param_groups
+
+RECIPES = {
+    "paper": dict(                          # PeCo: ViT-B, batch 2048, 300 or 800 epochs; the rest BEiT's base
+        data="data/imagenet", model="base", image_size=224, patch_size=16, batch_size=2048, epochs=800, lr=1.5e-3,
+        betas=[0.9, 0.999], weight_decay=0.05, warmup_epochs=10, clip=3.0, drop_path=0.1,
+        layer_scale=0.1,                    # 1e-5 for large and huge
+        mask_ratio=75 / 196, mask_block=16, crop_min=0.08, jitter=0.4),
+    "cifar": dict(                          # our choice
+        data="data/cifar10", model="tiny", image_size=32, patch_size=4, batch_size=512, epochs=400, lr=1.5e-3,
+        betas=[0.9, 0.98], weight_decay=0.05, warmup_epochs=10, clip=3.0, drop_path=0.0, layer_scale=0.1,
+        mask_ratio=0.4, mask_block=4, crop_min=0.2, jitter=0.4),
+    "demo": dict(                           # our choice
+        data="synthetic", model="nano", image_size=32, patch_size=4, batch_size=128, epochs=3, lr=2e-3,
+        betas=[0.9, 0.98], weight_decay=0.05, warmup_epochs=0.2, clip=3.0, drop_path=0.0, layer_scale=0.1,
+        mask_ratio=0.4, mask_block=4, crop_min=0.4, jitter=0.0),
+}
+
+
+def get_args(argv=None):
+    p = runtime.parser(__doc__, "pretrain")
+    p.add_argument("--tokenizer", default="runs/RECIPE/tokenizer", help="run or checkpoint of tokenizer.py")
+    p.add_argument("--model", choices=SIZES)
+    p.add_argument("--patch-size", type=int, help="pixels")
+    p.add_argument("--mask-ratio", type=float, help="share of the patches that is masked, in every image")
+    p.add_argument("--mask-block", type=int, help="smallest block of masked patches")
+    p.add_argument("--crop-min", type=float, help="smallest random crop, share of the image's area")
+    p.add_argument("--jitter", type=float, help="strength of the colour jitter")
+    p.add_argument("--betas", type=float, nargs=2, help="of AdamW")
+    p.add_argument("--weight-decay", type=float)
+    p.add_argument("--warmup-epochs", type=float)
+    p.add_argument("--clip", type=float, help="largest norm of the gradients")
+    p.add_argument("--drop-path", type=float, help="rate of the last block, rising from 0")
+    p.add_argument("--layer-scale", type=float, help="initial value; 0: none")
+    p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
+    return runtime.parse(p, RECIPES, argv)
+
+
+class AugmentAndMask:
+    """PIL image → (image (3, H, W), mask (h, w)), both drawn from the sample's own seed."""
+
+    def __init__(self, transform, grid, count, min_block):
+        self.transform, self.mask = transform, (grid, count, min_block)
+
+    def __call__(self, image):
+        return self.transform(image), block_mask(*self.mask)
+
+
+def load_tokenizer(args, grid):
+    """The frozen tokenizer; its codes must describe the ViT's patches, one each."""
+    state = runtime.load_checkpoint(args.tokenizer, ["tokenizer"])
+    tokenizer = VQTokenizer(**state["model_args"])
+    tokenizer.load_state_dict(state["model"])
+    # resized to its own grid it may see a patch at half to twice the size (BEiT's saw it at half): our choice
+    if not 0.5 <= tokenizer.stride / args.patch_size <= 2:
+        raise runtime.InputError(f"--tokenizer {args.tokenizer}: its codes are of {tokenizer.stride} px, which does not fit the ViT's "
+                                 f"{grid}×{grid} patches of {args.patch_size} px: train one with about as large a stride, or change --patch-size")
+    return tokenizer.eval().requires_grad_(False), state["digest"]
+
+
+def main(args):
+    device, micro_batch = runtime.device(), runtime.micro_batch(args)
+    grid = args.image_size // args.patch_size
+    tokenizer, args.tokenizer_digest = load_tokenizer(args, grid)  # with the arguments: a resumed run needs the same
+    tokenizer.to(device)
+    state = runtime.resume(args)
+    dataset = data.load_dataset(args.data, "train", args.image_size)
+    epoch_steps, steps = runtime.total_steps(args, len(dataset))
+
+    torch.manual_seed(args.seed)
+    codes = len(tokenizer.quantizer.codebook)
+    model_args = dict(SIZES[args.model], image_size=args.image_size, patch_size=args.patch_size, positions="shared",
+                      layer_scale=args.layer_scale, drop_path=args.drop_path, codes=codes)
+    with runtime.input_errors("--image-size"):
+        model = VisionTransformer(**model_args).to(device)
+    model.checkpoint_activations = args.checkpoint_activations
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr, betas=tuple(args.betas))
+    modules = dict(model=model)
+    start, _ = runtime.begin(args, state, modules, optimizer)
+
+    transform = AugmentAndMask(data.pretrain_transform(args.image_size, args.crop_min, args.jitter),
+                               grid, round(args.mask_ratio * grid * grid), args.mask_block)
+    batches = iter(data.train_loader(dataset, transform, args, micro_batch, start, steps))
+    if args.compile:
+        model.compile()
+        tokenizer.encoder.compile()
+    network, autocast, stop = runtime.distribute(model, device), runtime.autocast(args, device), runtime.StopSignal()
+    clock, seen, losses, hits = time.time(), 0, 0.0, 0.0
+    for step in tqdm(range(start, steps), initial=start, total=steps, disable=None if runtime.rank() == 0 else True):
+        lr = runtime.cosine(step, steps, args.warmup_epochs * epoch_steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        micro_batches = [next(batches)[0] for _ in range(args.accumulate)]
+        torch.manual_seed(runtime.derive_seed(args.seed, step, runtime.rank()))    # drop path
+        step_loss = 0.0
+        for i, (images, mask) in enumerate(micro_batches):
+            images, mask = images.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+            with runtime.accumulating(network, i == args.accumulate - 1):
+                with autocast:
+                    with torch.no_grad():
+                        target = tokenizer.encode(images, grid)[mask]               # (M,), of the unmasked image
+                    logits = network(images, mask)                                  # (M, K)
+                    loss = F.cross_entropy(logits.float(), target)                  # over masked patches only
+                (loss / args.accumulate).backward()
+            step_loss += loss.detach() / args.accumulate
+            hits += (logits.argmax(1) == target).float().mean() / args.accumulate
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        loss, stopped = runtime.check_step(step, step_loss, norm, stop, device)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        losses, seen, done = losses + loss, seen + 1, step + 1
+        if done % args.log_every == 0 or done == steps:
+            runtime.log(args, step=done, epoch=done / epoch_steps, loss=losses / seen, accuracy=float(hits) / seen,
+                        grad_norm=norm.item(), lr=lr, images_per_s=seen * args.batch_size / (time.time() - clock))
+            clock, seen, losses, hits = time.time(), 0, 0.0, 0.0
+        runtime.checkpoint(args, done, steps, epoch_steps, stopped, modules, optimizer, model_args)
+
+
+if __name__ == "__main__":
+    runtime.launch(main, get_args())

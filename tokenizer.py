@@ -1,0 +1,229 @@
+"""Stage 1: the perceptual codebook, a VQ tokenizer trained with a perceptual loss (PeCo, sec. 3).
+
+L = L_pixel + λ · L_percep + β · L_commit: the codes of perceptually similar patches come to agree.
+
+    python tokenizer.py --recipe demo
+    torchrun --nproc-per-node 8 tokenizer.py
+"""
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+import data
+import runtime
+from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, PatchDiscriminator, PerceptualLoss, VisionTransformer, VQTokenizer
+
+RECIPES = {
+    "paper": dict(                                                  # PeCo, as recalled, unless marked
+        data="data/imagenet", image_size=224, batch_size=128, epochs=100, lr=5e-5, betas=[0.5, 0.95], warmup_steps=5000,
+        channels=[32, 64, 128, 256, 256], codebook_size=8192, code_dim=256,         # channels: our choice
+        decay=0.99, revive=0.01, commitment_weight=0.25,                            # VQ-VAE; our choice; VQ-VAE
+        perceptual="moco_v3", perceptual_weight=1.0, crop_min=0.08),                # λ; crop_min: our choice
+    "cifar": dict(                                                  # our choice
+        data="data/cifar10", image_size=32, batch_size=256, epochs=50, lr=4e-4, betas=[0.5, 0.95], warmup_steps=500,
+        channels=[64, 128, 128], codebook_size=2048, code_dim=64, decay=0.99, revive=0.01, commitment_weight=0.25,
+        perceptual="runs/RECIPE/teacher", perceptual_weight=1.0, crop_min=0.4),
+    "demo": dict(                                                   # our choice
+        data="synthetic", image_size=32, batch_size=128, epochs=2, lr=1e-3, betas=[0.5, 0.95], warmup_steps=10,
+        channels=[16, 32, 64], codebook_size=256, code_dim=32, decay=0.95, revive=0.03, commitment_weight=0.25,
+        perceptual="runs/RECIPE/teacher", perceptual_weight=1.0, crop_min=0.4),
+}
+MOCO_V3_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
+
+
+def get_args(argv=None):
+    p = runtime.parser(__doc__, "tokenizer")
+    p.add_argument("--channels", type=int, nargs="+", help="of each resolution, from the image's to the codes'; stride 2^(number − 1)")
+    p.add_argument("--codebook-size", type=int, help="K")
+    p.add_argument("--code-dim", type=int, help="D")
+    p.add_argument("--decay", type=float, help="γ of the codebook's moving averages, per step")
+    p.add_argument("--revive", type=float, help="a code used less than this share of the mean starts anew")
+    p.add_argument("--commitment-weight", type=float, help="β")
+    p.add_argument("--perceptual", help="moco_v3, vgg16 or resnet50 (downloaded), or the path of such a file or of a teacher.py run")
+    p.add_argument("--perceptual-weight", type=float, help="λ; 0: the pixel-only codebook of the paper's ablation")
+    p.add_argument("--perceptual-layers", type=int, nargs="+", help="S; default: blocks 3 6 9 12 of 12, every stage of a CNN")
+    p.add_argument("--adversarial-weight", type=float, default=0.0, help="of a PatchGAN's hinge loss (an ablation of the paper)")
+    p.add_argument("--betas", type=float, nargs=2, help="of Adam")
+    p.add_argument("--warmup-steps", type=int)
+    p.add_argument("--crop-min", type=float, help="smallest random crop, share of the image's area")
+    return runtime.parse(p, RECIPES, argv)
+
+
+def perceptual_network(source):
+    """The frozen network behind L_percep: by name (downloaded) or by path, told apart by its parameters' names.
+
+    MoCo v3's official files (ViT-B/16 or ResNet-50), torchvision's VGG-16 and ResNet-50, teacher.py's
+    runs. Raises InputError where there are no weights: a random network never stands in.
+    """
+    urls = dict(moco_v3=MOCO_V3_URL, vgg16=torchvision.models.VGG16_Weights.IMAGENET1K_V1.url,
+                resnet50=torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url)
+    if source in urls and not Path(source).exists():
+        try:
+            state = torch.hub.load_state_dict_from_url(urls[source], map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise runtime.InputError(f"--perceptual {source}: download of {urls[source]} failed ({error}); fetch the file by other "
+                                     "means and pass its path, or the path of a teacher.py run") from error
+    else:
+        state = runtime.load_checkpoint(source)
+        if state.get("stage"):
+            if state["stage"] != "teacher":
+                raise runtime.InputError(f"--perceptual {source}: a checkpoint of {state['stage']}, expected one of teacher")
+            network = VisionTransformer(**state["model_args"])
+            network.load_state_dict(state["model"])
+            return network
+    state = state.get("state_dict", state)
+    prefix = "module.base_encoder."                                 # MoCo v3's; its heads are left out
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or state
+    if "pos_embed" in state:
+        network = VisionTransformer(**SIZES["base"], positions="absolute", layer_scale=0.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        state = {k: v for k, v in state.items() if not k.startswith("head.")}
+    elif "features.0.weight" in state:
+        network = torchvision.models.vgg16()
+    elif "layer4.0.conv1.weight" in state:
+        network = torchvision.models.resnet50()
+        state = {k: v for k, v in state.items() if not k.startswith("fc.")} | {
+            k: v for k, v in network.state_dict().items() if k.startswith("fc.")}   # MoCo's has its projector there; unused
+    else:
+        raise runtime.InputError(f"--perceptual {source}: neither a teacher.py run nor MoCo v3's, VGG-16's or ResNet-50's weights")
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise runtime.InputError(f"--perceptual {source}: {str(error).splitlines()[1].strip()}") from error
+    return network
+
+
+@torch.no_grad()
+def evaluate(args, tokenizer, perceptual, dataset, device, step):
+    """On all validation images: PSNR (dB), perceptual distance, codebook usage and perplexity; two pictures."""
+    tokenizer.eval()
+    counts = torch.zeros(args.codebook_size, device=device)
+    sums = torch.zeros(3, device=device, dtype=torch.float64)                       # PSNR, distance, images
+    patches, patch_codes = [], []
+    loader = data.eval_loader(dataset, data.eval_transform(args.image_size), max(1, runtime.micro_batch(args)), args.workers)
+    for batch, (images, _) in enumerate(loader):
+        images = images.to(device)
+        x_hat, codes, _ = tokenizer(images)
+        mse = F.mse_loss(x_hat.clamp(-1, 1), images, reduction="none").mean((1, 2, 3))
+        sums[0] += (10 * torch.log10(4 / mse)).sum()                                # the range is 2: peak² = 4
+        sums[1] += len(images) * (perceptual(images, x_hat) if perceptual else float("nan"))
+        sums[2] += len(images)
+        counts += torch.bincount(codes.flatten(), minlength=args.codebook_size)
+        if batch == 0 and runtime.rank() == 0:
+            rows = torch.cat([images[:8], x_hat[:8].clamp(-1, 1)])
+            save_image(make_grid(rows, 8, padding=2), Path(args.output) / "reconstructions.png", normalize=True, value_range=(-1, 1))
+        if len(patches) * len(images) < 1024:
+            cut = images.unfold(2, tokenizer.stride, tokenizer.stride).unfold(3, tokenizer.stride, tokenizer.stride)
+            patches.append(cut.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).cpu())       # (R, 3, s, s)
+            patch_codes.append(codes.flatten().cpu())
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+        dist.all_reduce(sums)
+    if runtime.rank() == 0:
+        gallery(torch.cat(patches), torch.cat(patch_codes), Path(args.output) / "codes.png")
+    share = counts / counts.sum()
+    psnr, distance = (sums[:2] / sums[2]).tolist()
+    row = dict(psnr=psnr, usage=(counts > 0).float().mean().item(), perplexity=torch.special.entr(share).sum().exp().item())
+    if perceptual:
+        row["distance"] = distance
+    runtime.log(args, step=step, split="val", **row)
+    tokenizer.train()
+    # the objective, negated, without its commitment term
+    return -4 * 10 ** (-psnr / 10) - (args.perceptual_weight * distance if perceptual else 0)
+
+
+def gallery(patches, codes, path, rows=16, columns=16):
+    """A row of patches for each of the most used codes."""
+    used = torch.bincount(codes).argsort(descending=True)[:rows]
+    cells = []
+    for code in used:
+        own = patches[codes == code][:columns]
+        cells.append(torch.cat([own, torch.ones(columns - len(own), *patches.shape[1:])]))
+    save_image(make_grid(torch.cat(cells), columns, padding=1), path, normalize=True, value_range=(-1, 1))
+
+
+def main(args):
+    device, micro_batch = runtime.device(), runtime.micro_batch(args)
+    state = runtime.resume(args)
+    dataset = data.load_dataset(args.data, "train", args.image_size)
+    val = data.load_dataset(args.data, "val", args.image_size)
+    epoch_steps, steps = runtime.total_steps(args, len(dataset))
+
+    # models: the tokenizer, the frozen perceptual network, the discriminator of the ablation
+    torch.manual_seed(args.seed)
+    model_args = dict(image_size=args.image_size, channels=args.channels, codebook_size=args.codebook_size, code_dim=args.code_dim,
+                      decay=args.decay, revive=args.revive)
+    perceptual = discriminator = None
+    with runtime.input_errors("--image-size, --channels, --perceptual-layers"):
+        tokenizer = VQTokenizer(**model_args).to(device).train()
+        if args.perceptual_weight:
+            perceptual = PerceptualLoss(perceptual_network(args.perceptual), args.perceptual_layers).to(device)
+    modules = dict(model=tokenizer)
+    if args.adversarial_weight:
+        modules["discriminator"] = discriminator = PatchDiscriminator().to(device)
+    parameters = [(f"{m}.{n}", p) for m, module in modules.items() for n, p in module.named_parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=tuple(args.betas))
+    start, best = runtime.begin(args, state, modules, optimizer)
+
+    transform = data.tokenizer_transform(args.image_size, args.crop_min)
+    batches = iter(data.train_loader(dataset, transform, args, micro_batch, start, steps))
+    if args.compile:
+        tokenizer.compile()
+    network, autocast, stop = runtime.distribute(tokenizer, device), runtime.autocast(args, device), runtime.StopSignal()
+    judge = runtime.distribute(discriminator, device) if discriminator else None
+    clock, seen, sums = time.time(), 0, {}
+    for step in tqdm(range(start, steps), initial=start, total=steps, disable=None if runtime.rank() == 0 else True):
+        lr = runtime.cosine(step, steps, args.warmup_steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        generator = torch.Generator().manual_seed(runtime.derive_seed(args.seed, step))  # alike on all ranks
+        images = [next(batches)[0].to(device, non_blocking=True) for _ in range(args.accumulate)]
+        if step == 0:                                               # the codebook begins as vectors of the first global batch
+            with torch.no_grad(), autocast:
+                for x in images:
+                    tokenizer.quantizer(tokenizer.encoder(x))
+            tokenizer.quantizer.initialize(generator)
+        step_loss = 0.0
+        for i, x in enumerate(images):
+            with runtime.accumulating(network, i == args.accumulate - 1):
+                with autocast:
+                    x_hat, _, commitment = network(x)
+                    terms = dict(pixel=F.mse_loss(x_hat.float(), x))                # L_pixel
+                    loss = terms["pixel"] + args.commitment_weight * commitment     # β L_commit; the EMA is the codebook term
+                    if perceptual:
+                        terms["perceptual"] = perceptual(x, x_hat)                  # L_percep
+                        loss = loss + args.perceptual_weight * terms["perceptual"]
+                    if discriminator:                                               # hinge losses, each to its own network
+                        frozen = {n: p.detach() for n, p in discriminator.named_parameters()}
+                        terms["fool"] = -torch.func.functional_call(discriminator, frozen, x_hat).mean()
+                        real, fake = judge(torch.cat([x, x_hat.detach()])).chunk(2)
+                        terms["judge"] = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+                        loss = loss + args.adversarial_weight * terms["fool"] + terms["judge"]
+                (loss / args.accumulate).backward()
+            step_loss += loss.detach() / args.accumulate
+            for name, term in dict(terms, commitment=commitment).items():
+                sums[name] = sums.get(name, 0.0) + term.detach() / args.accumulate
+        norm = nn.utils.clip_grad_norm_([p for _, p in parameters], float("inf"))   # the paper does not clip
+        loss, stopped = runtime.check_step(step, step_loss, norm, stop, device)
+        optimizer.step()
+        optimizer.zero_grad()
+        tokenizer.quantizer.update(generator)
+
+        sums["loss"] = sums.get("loss", 0.0) + loss
+        seen, done = seen + 1, step + 1
+        if done % args.log_every == 0 or done == steps:
+            runtime.log(args, step=done, epoch=done / epoch_steps, **{k: float(v) / seen for k, v in sums.items()}, lr=lr,
+                        images_per_s=seen * args.batch_size / (time.time() - clock))
+            clock, seen, sums = time.time(), 0, {}
+        best = runtime.checkpoint(args, done, steps, epoch_steps, stopped, modules, optimizer, model_args,
+                                  lambda: evaluate(args, tokenizer, perceptual, val, device, done), best)
+
+
+if __name__ == "__main__":
+    runtime.launch(main, get_args())
