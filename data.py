@@ -58,8 +58,8 @@ SHAPES = {                                                 # each about the unit
 class Synthetic(Dataset):
     """Scenes of one textured shape over a textured ground with clutter → (PIL image, class).
 
-    The class is the shape; colours, textures, place, size, rotation, ground and clutter say nothing of
-    it. Deterministic by (seed, split, index); the splits share no image.
+    The class is the shape; colours, textures, place, size, tilt, ground and clutter say nothing of it.
+    Shapes tend to be lighter than the ground. Deterministic by (seed, split, index).
     """
 
     classes = list(SHAPES)
@@ -83,31 +83,32 @@ class Synthetic(Dataset):
     def draw(self, index):
         rng = np.random.default_rng([self.seed, self.split == "train", index])
         n = 2 * self.size                                  # drawn at twice the size, then averaged
-        y, x = np.mgrid[0:n, 0:n] / (n / 2) - 1            # [-1, 1) across the image
-        image = self.texture(rng, x, y)
-        for _ in range(rng.integers(2, 5)):                # clutter: small disks, bars and corners of all colours
+        y, x = np.mgrid[0:n, 0:n].astype(np.float32) / (n / 2) - 1  # [-1, 1) across the image
+        image = self.texture(rng, x, y, 0.0, 0.6)
+        for _ in range(rng.integers(2, 5)):                # clutter: small disks, bars and corners
             piece = SHAPES[("disk", "bar", "corner")[rng.integers(3)]]
-            self.paste(rng, image, x, y, piece, rng.uniform(0.06, 0.16), rng.uniform(-1, 1, 2))
-        size = rng.uniform(0.35, 0.65)
+            self.paste(rng, image, x, y, piece, rng.uniform(0.06, 0.14), rng.uniform(-1, 1, 2), math.pi, 0.0)
+        size = rng.uniform(0.55, 0.85)
         self.paste(rng, image, x, y, SHAPES[self.classes[self.targets[index]]], size,
-                   rng.uniform(size - 1, 1 - size, 2))
-        image = image.reshape(self.size, 2, self.size, 2, 3).mean((1, 3)) + rng.normal(0, 0.02, (self.size, self.size, 3))
+                   rng.uniform(size - 1, 1 - size, 2), 0.35, 0.4)
+        image = (image[::2, ::2] + image[1::2, ::2] + image[::2, 1::2] + image[1::2, 1::2]) / 4
+        image += 0.02 * rng.standard_normal(image.shape, np.float32)
         return (image.clip(0, 1) * 255).round().astype(np.uint8)
 
-    def paste(self, rng, image, x, y, shape, size, centre):
+    def paste(self, rng, image, x, y, shape, size, centre, tilt, darkest):
         n = len(image)
         box = tuple(slice(*np.clip([(c - 1.5 * size + 1) * n / 2, (c + 1.5 * size + 1) * n / 2 + 1], 0, n).astype(int))
                     for c in centre[::-1])                 # all that the shape can reach
-        angle, x, y = rng.uniform(0, 2 * math.pi), x[box] - centre[0], y[box] - centre[1]
+        angle, x, y = rng.uniform(-tilt, tilt), x[box] - centre[0], y[box] - centre[1]
         c, s = math.cos(angle) / size, math.sin(angle) / size
         u, v = c * x + s * y, c * y - s * x
         inside = shape(u, v)
-        image[box][inside] = self.texture(rng, u[inside], v[inside])
+        image[box][inside] = self.texture(rng, u[inside], v[inside], darkest, 1.0)
 
     @staticmethod
-    def texture(rng, u, v):
-        """Stripes, checks, dots or a gradient between two random colours → (…, 3) in [0, 1]."""
-        first, second = rng.uniform(0, 1, (2, 3))
+    def texture(rng, u, v, darkest, lightest):
+        """Stripes, checks, dots or a gradient between two random colours → (…, 3)."""
+        first, second = rng.uniform(darkest, lightest, (2, 3)).astype(np.float32)
         angle, frequency, kind = rng.uniform(0, math.pi), rng.uniform(2, 6), rng.integers(4)
         c, s = math.cos(angle), math.sin(angle)
         a, b = u * c + v * s, v * c - u * s
@@ -119,7 +120,7 @@ class Synthetic(Dataset):
             weight = (a * frequency % 1 - 0.5) ** 2 + (b * frequency % 1 - 0.5) ** 2 < 0.1
         else:
             weight = (0.5 * a + 0.5).clip(0, 1)
-        return first + weight[..., None] * (0.6 * (second - first))
+        return first + weight[..., None] * (second - first)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -187,13 +187,12 @@ def main(args):
             print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
         return row
 
-    state = runtime.resume(args)
     epoch_steps, steps = runtime.total_steps(args, len(indices))
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, args.layer_decay), lr=args.lr, betas=tuple(args.betas))
     modules = dict(model=model)
     if args.ema_decay:
         modules["ema"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
-    start, best = runtime.begin(args, state, modules, optimizer)
+    start, best = runtime.resume(args, modules, optimizer)
 
     transform = data.finetune_transform(args.image_size, args.crop_min, args.randaugment, args.erasing)
     batches = iter(data.train_loader(dataset, transform, args, micro_batch, start, steps, indices))
@@ -220,11 +219,11 @@ def main(args):
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             if mix:
                 images, labels = mix(images, labels)                                # labels → (B, classes)
-            with runtime.accumulating(network, i == args.accumulate - 1):
-                with autocast:
-                    logits = network(images)                                        # (B, classes)
-                    loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing)
-                (loss / args.accumulate).backward()
+            network.require_backward_grad_sync = i == args.accumulate - 1            # DDP: all-reduce at the step's end
+            with autocast:
+                logits = network(images)                                        # (B, classes)
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing)
+            (loss / args.accumulate).backward()
             step_loss += loss.detach() / args.accumulate
         norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf"))           # BEiT does not clip here
         loss, stopped = runtime.check_step(step, step_loss, norm, stop, device)

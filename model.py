@@ -24,7 +24,7 @@ from torchvision.ops import StochasticDepth
 
 # width D, blocks, heads: DeiT's tiny and small, ViT's base, large and huge; nano is ours, for the demo.
 SIZES = {
-    "nano": dict(dim=96, depth=6, heads=3),
+    "nano": dict(dim=64, depth=4, heads=2),
     "tiny": dict(dim=192, depth=12, heads=3),
     "small": dict(dim=384, depth=12, heads=6),
     "base": dict(dim=768, depth=12, heads=12),

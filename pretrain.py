@@ -77,7 +77,6 @@ def main(args):
     grid = args.image_size // args.patch_size
     tokenizer, args.tokenizer_digest = load_tokenizer(args, grid)  # with the arguments: a resumed run needs the same
     tokenizer.to(device)
-    state = runtime.resume(args)
     dataset = data.load_dataset(args.data, "train", args.image_size)
     epoch_steps, steps = runtime.total_steps(args, len(dataset))
 
@@ -90,7 +89,7 @@ def main(args):
     model.checkpoint_activations = args.checkpoint_activations
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr, betas=tuple(args.betas))
     modules = dict(model=model)
-    start, _ = runtime.begin(args, state, modules, optimizer)
+    start, _ = runtime.resume(args, modules, optimizer)
 
     transform = AugmentAndMask(data.pretrain_transform(args.image_size, args.crop_min, args.jitter),
                                grid, round(args.mask_ratio * grid * grid), args.mask_block)
@@ -109,13 +108,13 @@ def main(args):
         step_loss = 0.0
         for i, (images, mask) in enumerate(micro_batches):
             images, mask = images.to(device, non_blocking=True), mask.to(device, non_blocking=True)
-            with runtime.accumulating(network, i == args.accumulate - 1):
-                with autocast:
-                    with torch.no_grad():
-                        target = tokenizer.encode(images, grid)[mask]               # (M,), of the unmasked image
-                    logits = network(images, mask)                                  # (M, K)
-                    loss = F.cross_entropy(logits.float(), target)                  # over masked patches only
-                (loss / args.accumulate).backward()
+            network.require_backward_grad_sync = i == args.accumulate - 1            # DDP: all-reduce at the step's end
+            with autocast:
+                with torch.no_grad():
+                    target = tokenizer.encode(images, grid)[mask]               # (M,), of the unmasked image
+                logits = network(images, mask)                                  # (M, K)
+                loss = F.cross_entropy(logits.float(), target)                  # over masked patches only
+            (loss / args.accumulate).backward()
             step_loss += loss.detach() / args.accumulate
             hits += (logits.argmax(1) == target).float().mean() / args.accumulate
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)

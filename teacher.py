@@ -133,7 +133,6 @@ class TwoViews:
 
 def main(args):
     device, micro_batch = runtime.device(), runtime.micro_batch(args)
-    state = runtime.resume(args)
     dataset = data.load_dataset(args.data, "train", args.image_size)
     epoch_steps, steps = runtime.total_steps(args, len(dataset))
 
@@ -151,7 +150,7 @@ def main(args):
     optimizer = torch.optim.AdamW([
         dict(params=[(n, p) for n, p in trained if p.ndim > 1], weight_decay=args.weight_decay),
         dict(params=[(n, p) for n, p in trained if p.ndim == 1], weight_decay=0.0)])
-    start, _ = runtime.begin(args, state, modules, optimizer)
+    start, _ = runtime.resume(args, modules, optimizer)
 
     transform = TwoViews(*data.teacher_transform(args.image_size, args.crop_min))
     batches = iter(data.train_loader(dataset, transform, args, micro_batch, start, steps))
@@ -170,10 +169,10 @@ def main(args):
         for i in range(args.accumulate):
             (x1, x2), _ = next(batches)
             x1, x2 = x1.to(device, non_blocking=True), x2.to(device, non_blocking=True)
-            with runtime.accumulating(network, i == args.accumulate - 1):
-                with autocast:
-                    loss, hits = network(x1, x2)
-                (loss / args.accumulate).backward()
+            network.require_backward_grad_sync = i == args.accumulate - 1            # DDP: all-reduce at the step's end
+            with autocast:
+                loss, hits = network(x1, x2)
+            (loss / args.accumulate).backward()
             step_loss += loss.detach() / args.accumulate
         norm = nn.utils.clip_grad_norm_(parameters, float("inf"))                   # the paper does not clip
         loss, stopped = runtime.check_step(step, step_loss, norm, stop, device)

@@ -150,7 +150,6 @@ def gallery(patches, codes, path, rows=16, columns=16):
 
 def main(args):
     device, micro_batch = runtime.device(), runtime.micro_batch(args)
-    state = runtime.resume(args)
     dataset = data.load_dataset(args.data, "train", args.image_size)
     val = data.load_dataset(args.data, "val", args.image_size)
     epoch_steps, steps = runtime.total_steps(args, len(dataset))
@@ -169,7 +168,7 @@ def main(args):
         modules["discriminator"] = discriminator = PatchDiscriminator().to(device)
     parameters = [(f"{m}.{n}", p) for m, module in modules.items() for n, p in module.named_parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=tuple(args.betas))
-    start, best = runtime.begin(args, state, modules, optimizer)
+    start, best = runtime.resume(args, modules, optimizer)
 
     transform = data.tokenizer_transform(args.image_size, args.crop_min)
     batches = iter(data.train_loader(dataset, transform, args, micro_batch, start, steps))
@@ -191,21 +190,23 @@ def main(args):
             tokenizer.quantizer.initialize(generator)
         step_loss = 0.0
         for i, x in enumerate(images):
-            with runtime.accumulating(network, i == args.accumulate - 1):
-                with autocast:
-                    x_hat, _, commitment = network(x)
-                    terms = dict(pixel=F.mse_loss(x_hat.float(), x))                # L_pixel
-                    loss = terms["pixel"] + args.commitment_weight * commitment     # β L_commit; the EMA is the codebook term
-                    if perceptual:
-                        terms["perceptual"] = perceptual(x, x_hat)                  # L_percep
-                        loss = loss + args.perceptual_weight * terms["perceptual"]
-                    if discriminator:                                               # hinge losses, each to its own network
-                        frozen = {n: p.detach() for n, p in discriminator.named_parameters()}
-                        terms["fool"] = -torch.func.functional_call(discriminator, frozen, x_hat).mean()
-                        real, fake = judge(torch.cat([x, x_hat.detach()])).chunk(2)
-                        terms["judge"] = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-                        loss = loss + args.adversarial_weight * terms["fool"] + terms["judge"]
-                (loss / args.accumulate).backward()
+            for module in (network, judge):                         # DDP: all-reduce at the step's last micro-batch
+                if module is not None:
+                    module.require_backward_grad_sync = i == args.accumulate - 1
+            with autocast:
+                x_hat, _, commitment = network(x)
+                terms = dict(pixel=F.mse_loss(x_hat.float(), x))                # L_pixel
+                loss = terms["pixel"] + args.commitment_weight * commitment     # β L_commit; the EMA is the codebook term
+                if perceptual:
+                    terms["perceptual"] = perceptual(x, x_hat)                  # L_percep
+                    loss = loss + args.perceptual_weight * terms["perceptual"]
+                if discriminator:                                               # hinge losses, each to its own network
+                    frozen = {n: p.detach() for n, p in discriminator.named_parameters()}
+                    terms["fool"] = -torch.func.functional_call(discriminator, frozen, x_hat).mean()
+                    real, fake = judge(torch.cat([x, x_hat.detach()])).chunk(2)
+                    terms["judge"] = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+                    loss = loss + args.adversarial_weight * terms["fool"] + terms["judge"]
+            (loss / args.accumulate).backward()
             step_loss += loss.detach() / args.accumulate
             for name, term in dict(terms, commitment=commitment).items():
                 sums[name] = sums.get(name, 0.0) + term.detach() / args.accumulate
