@@ -193,14 +193,14 @@ def tokenizer_transform(size, crop_min=0.08):
 
 def teacher_transform(size, crop_min=0.08):
     """MoCo v3's two views, which are BYOL's (appendix B) with a crop of at least 8 %. Returns two transforms.
-    The blur's kernel is a tenth of the image, as there."""
+    The blur's kernel is a tenth of the image, as there; below 64 px there is no blur (our choice)."""
     def view(blur, solarize):
         kernel = max(3, int(0.1 * size) // 2 * 2 + 1)
         return T.Compose([
             T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC),
             T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
             T.RandomGrayscale(0.2),
-            T.RandomApply([T.GaussianBlur(kernel, (0.1, 2.0))], p=blur),
+            *([T.RandomApply([T.GaussianBlur(kernel, (0.1, 2.0))], p=blur)] if size >= 64 else []),
             T.RandomSolarize(128, p=solarize),
             T.RandomHorizontalFlip(), to_pixels])
     return view(1.0, 0.0), view(0.1, 0.2)

@@ -25,9 +25,9 @@ RECIPES = {
         betas=[0.9, 0.98], weight_decay=0.05, warmup_epochs=10, clip=3.0, drop_path=0.0, layer_scale=0.1,
         mask_ratio=0.4, mask_block=4, crop_min=0.2, jitter=0.4),
     "demo": dict(                           # our choice
-        data="synthetic", model="nano", image_size=32, patch_size=4, batch_size=128, epochs=3, lr=2e-3,
+        data="synthetic", model="nano", image_size=32, patch_size=8, batch_size=128, epochs=6, lr=2e-3,
         betas=[0.9, 0.98], weight_decay=0.05, warmup_epochs=0.2, clip=3.0, drop_path=0.0, layer_scale=0.1,
-        mask_ratio=0.4, mask_block=4, crop_min=0.4, jitter=0.0),
+        mask_ratio=0.4, mask_block=2, crop_min=0.4, jitter=0.0),
 }
 
 
@@ -76,7 +76,7 @@ def main(args):
     device, micro_batch = runtime.device(), runtime.micro_batch(args)
     grid = args.image_size // args.patch_size
     tokenizer, args.tokenizer_digest = load_tokenizer(args, grid)  # with the arguments: a resumed run needs the same
-    tokenizer.to(device)
+    tokenizer.to(device, memory_format=torch.channels_last)
     dataset = data.load_dataset(args.data, "train", args.image_size)
     epoch_steps, steps = runtime.total_steps(args, len(dataset))
 

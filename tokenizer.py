@@ -31,8 +31,8 @@ RECIPES = {
         channels=[64, 128, 128], codebook_size=2048, code_dim=64, decay=0.99, revive=0.01, commitment_weight=0.25,
         perceptual="runs/RECIPE/teacher", perceptual_weight=1.0, crop_min=0.4),
     "demo": dict(                                                   # our choice
-        data="synthetic", image_size=32, batch_size=128, epochs=2, lr=1e-3, betas=[0.5, 0.95], warmup_steps=10,
-        channels=[16, 32, 64], codebook_size=256, code_dim=32, decay=0.95, revive=0.03, commitment_weight=0.25,
+        data="synthetic", image_size=32, batch_size=128, epochs=1, lr=1e-3, betas=[0.5, 0.95], warmup_steps=10,
+        channels=[16, 32, 32, 64], codebook_size=256, code_dim=32, decay=0.95, revive=0.03, commitment_weight=0.25,
         perceptual="runs/RECIPE/teacher", perceptual_weight=1.0, crop_min=0.4),
 }
 MOCO_V3_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
@@ -160,7 +160,7 @@ def main(args):
                       decay=args.decay, revive=args.revive)
     perceptual = discriminator = None
     with runtime.input_errors("--image-size, --channels, --perceptual-layers"):
-        tokenizer = VQTokenizer(**model_args).to(device).train()
+        tokenizer = VQTokenizer(**model_args).to(device, memory_format=torch.channels_last).train()
         if args.perceptual_weight:
             perceptual = PerceptualLoss(perceptual_network(args.perceptual), args.perceptual_layers).to(device)
     modules = dict(model=tokenizer)

@@ -1,0 +1,19 @@
+# make demo: all four stages on the embedded data set, with a table; make test: the tests.
+# Both make .venv first. PYTHON names the interpreter to make it with (3.10 or newer).
+PYTHON ?= python3
+
+demo: .venv/installed
+	.venv/bin/python -m tools.demo
+
+test: .venv/installed
+	.venv/bin/python -m pytest -q tests
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv runs/demo
+
+.PHONY: demo test clean
