@@ -36,8 +36,8 @@ RECIPES = {
 
 def get_args(argv=None):
     p = runtime.parser(__doc__, "finetune")
-    p.add_argument("--init", default="runs/RECIPE/pretrain", help="run or checkpoint of pretrain.py, teacher.py or finetune.py, a file of "
-                   "BEiT's, timm's or MoCo v3's, or none: from scratch")
+    p.add_argument("--init", default="runs/RECIPE/pretrain", help="run or checkpoint of pretrain.py, teacher.py or "
+                   "finetune.py, a file of BEiT's, timm's or MoCo v3's, or none: from scratch")
     p.add_argument("--eval", action="store_true", help="only evaluate --init, a fine-tuned model")
     p.add_argument("--probe", choices=["linear", "knn"], help="only classify the frozen features of --init")
     p.add_argument("--probe-layer", type=int, help="block whose features are probed, from 1; default the last")
@@ -71,8 +71,9 @@ def build(args, classes):
         state = runtime.load_checkpoint(args.init)
         digest = state.pop("digest", None)
         if state.get("stage"):
-            if state["stage"] not in ("teacher", "pretrain", "finetune"):
-                raise runtime.InputError(f"--init {args.init}: a checkpoint of {state['stage']}, expected one of teacher, pretrain or finetune")
+            if state["stage"] == "tokenizer":
+                raise runtime.InputError(f"--init {args.init}: found a checkpoint of tokenizer, expected one of teacher, "
+                                         "pretrain or finetune")
             own, weights = dict(state["model_args"]), state["model"]
         else:                                                       # another project's file: --model names its size
             weights = state.get("model", state.get("state_dict", state))
@@ -93,13 +94,17 @@ def build(args, classes):
     return model, own, digest
 
 
+def val_loader(args, dataset, indices=None):
+    transform = data.eval_transform(args.image_size, args.eval_crop)
+    return data.eval_loader(dataset, transform, runtime.micro_batch(args), args.workers, indices)
+
+
 @torch.no_grad()
 def evaluate(args, model, dataset, device):
     """Top-1 and top-5 in % over every validation image exactly once, whatever the number of ranks."""
     model.eval()
     sums = torch.zeros(3, device=device, dtype=torch.float64)
-    loader = data.eval_loader(dataset, data.eval_transform(args.image_size, args.eval_crop), runtime.micro_batch(args), args.workers)
-    for images, labels in loader:
+    for images, labels in val_loader(args, dataset):
         labels = labels.to(device)
         with runtime.autocast(args, device):
             logits = model(images.to(device))
@@ -119,8 +124,7 @@ def evaluate(args, model, dataset, device):
 def extract(args, model, dataset, device, indices=None):
     """Features (images, D) and labels (images,) of a data set, gathered from all ranks."""
     rows, labels = [], []
-    loader = data.eval_loader(dataset, data.eval_transform(args.image_size, args.eval_crop), runtime.micro_batch(args), args.workers, indices)
-    for images, target in loader:
+    for images, target in val_loader(args, dataset, indices):
         with runtime.autocast(args, device):
             tokens = model.tokens(images.to(device), until=args.probe_layer)[-1]
         tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])
@@ -188,7 +192,8 @@ def main(args):
         return row
 
     epoch_steps, steps = runtime.total_steps(args, len(indices))
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, args.layer_decay), lr=args.lr, betas=tuple(args.betas))
+    groups = param_groups(model, args.weight_decay, args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas))
     modules = dict(model=model)
     if args.ema_decay:
         modules["ema"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
@@ -196,7 +201,8 @@ def main(args):
 
     transform = data.finetune_transform(args.image_size, args.crop_min, args.randaugment, args.erasing)
     batches = iter(data.train_loader(dataset, transform, args, micro_batch, start, steps, indices))
-    mixes = [kind(alpha=alpha, num_classes=len(val.classes)) for kind, alpha in ((T.MixUp, args.mixup), (T.CutMix, args.cutmix)) if alpha]
+    mixes = [kind(alpha=alpha, num_classes=len(val.classes))
+             for kind, alpha in ((T.MixUp, args.mixup), (T.CutMix, args.cutmix)) if alpha]
     mix = T.RandomChoice(mixes) if mixes else None                  # either, at even odds
     if args.compile:
         model.compile()
@@ -219,9 +225,9 @@ def main(args):
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             if mix:
                 images, labels = mix(images, labels)                                # labels → (B, classes)
-            network.require_backward_grad_sync = i == args.accumulate - 1            # DDP: all-reduce at the step's end
+            network.require_backward_grad_sync = i == args.accumulate - 1          # DDP: all-reduce at the step's end
             with autocast:
-                logits = network(images)                                        # (B, classes)
+                logits = network(images)                                            # (B, classes)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing)
             (loss / args.accumulate).backward()
             step_loss += loss.detach() / args.accumulate

@@ -14,6 +14,7 @@ patches and codes run row by row from the top left.
 import math
 import random
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -51,28 +52,37 @@ def relative_position_index(grid):
     return index
 
 
+def add_position_bias(module, grid, heads):
+    """Give a module a learned bias for each relative position and head."""
+    module.relative_position_bias_table = nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, heads))
+    module.register_buffer("relative_position_index", relative_position_index(grid), persistent=False)
+
+
+def position_bias(module):
+    """What add_position_bias gave it, for the attention's logits → (1, heads, 1+N, 1+N)."""
+    return module.relative_position_bias_table[module.relative_position_index].permute(2, 0, 1).unsqueeze(0)
+
+
 class RelativePositionBias(nn.Module):
-    """A learned bias for each relative position and head, added to the attention's logits."""
+    """The bias that all blocks share."""
 
     def __init__(self, grid, heads):
         super().__init__()
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, heads))
-        self.register_buffer("relative_position_index", relative_position_index(grid), persistent=False)
+        add_position_bias(self, grid, heads)
 
     def forward(self):
-        bias = self.relative_position_bias_table[self.relative_position_index]      # (1+N, 1+N, heads)
-        return bias.permute(2, 0, 1).unsqueeze(0)                                   # (1, heads, 1+N, 1+N)
+        return position_bias(self)
 
 
-class Attention(RelativePositionBias):
+class Attention(nn.Module):
     """Multi-head self-attention, with a relative position bias of its own (positions="block"),
     the one that all blocks share ("shared") or none ("absolute": MoCo v3's plain ViT)."""
 
     def __init__(self, dim, heads, grid, positions):
-        nn.Module.__init__(self)
-        if positions == "block":                    # its table lies in the attention itself, as in BEiT
-            RelativePositionBias.__init__(self, grid, heads)
+        super().__init__()
         self.heads, self.positions = heads, positions
+        if positions == "block":                    # its table lies in the attention itself, as in BEiT
+            add_position_bias(self, grid, heads)
         self.qkv = nn.Linear(dim, 3 * dim, bias=positions == "absolute")
         if positions != "absolute":                                 # BEiT's keys have no bias
             self.q_bias = nn.Parameter(torch.zeros(dim))
@@ -84,10 +94,10 @@ class Attention(RelativePositionBias):
         if bias is None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        position_bias = super().forward() if self.positions == "block" else shared_bias
-        if position_bias is not None:
-            position_bias = position_bias.to(q.dtype)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=position_bias)         # (B, heads, 1+N, D/heads)
+        logits_bias = position_bias(self) if self.positions == "block" else shared_bias
+        if logits_bias is not None:
+            logits_bias = logits_bias.to(q.dtype)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=logits_bias)          # (B, heads, 1+N, D/heads)
         return self.proj(x.transpose(1, 2).flatten(2))                              # (B, 1+N, D)
 
 
@@ -304,16 +314,16 @@ def resize_position_bias(table, rows):
 def block_mask(grid, count, min_block=16, max_aspect=1 / 0.3):
     """Mask `count` of grid × grid patches in blocks → bool (grid, grid), drawn with Python's `random`.
 
-    BEiT's generator: blocks of at least min_block patches and of an aspect ratio between
-    1/max_aspect and max_aspect, as many as fit under `count`. It gives up where no block fits any
-    more, short of `count` in a third of its draws; here the blocks then grow by random neighbours,
-    so that every image has the same number of masked patches.
+    BEiT's generator: blocks of an area between min_block and what is left of `count`, and of an aspect
+    ratio between 1/max_aspect and max_aspect. It gives up after ten blocks that do not fit, short of
+    `count` in a third of its draws; here the blocks then grow by random neighbours, so that every image
+    has the same number of masked patches.
     """
-    mask = torch.zeros(grid, grid, dtype=torch.bool).numpy()
+    mask = np.zeros((grid, grid), bool)
     masked = 0
     while masked < count:
         for _ in range(10):                                         # BEiT's number of attempts
-            area = random.uniform(min_block, max(count - masked, min_block))
+            area = random.uniform(min_block, count - masked)        # below min_block too, towards the end
             aspect = math.exp(random.uniform(-math.log(max_aspect), math.log(max_aspect)))
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if height >= grid or width >= grid:
@@ -327,11 +337,11 @@ def block_mask(grid, count, min_block=16, max_aspect=1 / 0.3):
                 break
         else:
             break
-    while masked < count:                                           # fill up along the blocks' borders
-        border = [(y, x) for y in range(grid) for x in range(grid) if not mask[y, x] and (masked == 0 or any(
-            mask[v, u] for v, u in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)) if 0 <= v < grid and 0 <= u < grid))]
-        mask[random.choice(border)] = True
-        masked += 1
+    for _ in range(count - masked):                                 # fill up along the blocks' borders
+        wide = np.pad(mask, 1)
+        near = wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:]
+        border = np.argwhere(~mask & (near | ~mask.any()))
+        mask[tuple(random.choice(border))] = True
     return torch.from_numpy(mask)
 
 

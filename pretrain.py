@@ -67,8 +67,8 @@ def load_tokenizer(args, grid):
     tokenizer.load_state_dict(state["model"])
     # resized to its own grid it may see a patch at half to twice the size (BEiT's saw it at half): our choice
     if not 0.5 <= tokenizer.stride / args.patch_size <= 2:
-        raise runtime.InputError(f"--tokenizer {args.tokenizer}: its codes are of {tokenizer.stride} px, which does not fit the ViT's "
-                                 f"{grid}×{grid} patches of {args.patch_size} px: train one with about as large a stride, or change --patch-size")
+        raise runtime.InputError(f"--tokenizer {args.tokenizer}: its codes of {tokenizer.stride} px do not fit the ViT's {grid}×{grid} "
+                                 f"patches of {args.patch_size} px: train one of about that stride, or change --patch-size")
     return tokenizer.eval().requires_grad_(False), state["digest"]
 
 
@@ -108,12 +108,12 @@ def main(args):
         step_loss = 0.0
         for i, (images, mask) in enumerate(micro_batches):
             images, mask = images.to(device, non_blocking=True), mask.to(device, non_blocking=True)
-            network.require_backward_grad_sync = i == args.accumulate - 1            # DDP: all-reduce at the step's end
+            network.require_backward_grad_sync = i == args.accumulate - 1          # DDP: all-reduce at the step's end
             with autocast:
                 with torch.no_grad():
-                    target = tokenizer.encode(images, grid)[mask]               # (M,), of the unmasked image
-                logits = network(images, mask)                                  # (M, K)
-                loss = F.cross_entropy(logits.float(), target)                  # over masked patches only
+                    target = tokenizer.encode(images, grid)[mask]                   # (M,), of the unmasked image
+                logits = network(images, mask)                                      # (M, K)
+                loss = F.cross_entropy(logits.float(), target)                      # over masked patches only
             (loss / args.accumulate).backward()
             step_loss += loss.detach() / args.accumulate
             hits += (logits.argmax(1) == target).float().mean() / args.accumulate

@@ -48,9 +48,6 @@ def launch(main, args):
         sys.exit(2)
 
 
-# ------------------------------------------------------------------------------------------------
-# Arguments
-
 def parser(doc, stage):
     """A parser with the flags that all stages share; their defaults come from the recipe."""
     p = argparse.ArgumentParser(description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -91,8 +88,7 @@ def parse(p, recipes, argv=None):
     return args
 
 
-# ------------------------------------------------------------------------------------------------
-# Ranks and hardware
+# ---- Ranks and hardware
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -112,12 +108,10 @@ def device():
 
 def autocast(args, device):
     """bf16 autocast where asked for, or (auto) where the hardware has it; fp32 otherwise."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:                                                  # Linux: AVX512-BF16 or AMX on x86, bf16 on Arm
-        info = Path("/proc/cpuinfo")
-        native = info.exists() and {"avx512_bf16", "amx_bf16", "bf16"} & set(info.read_text().split())
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16" or bool(args.amp == "auto" and native))
+    info = Path("/proc/cpuinfo")                           # Linux: AVX512-BF16 or AMX on x86, bf16 on Arm
+    native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+              info.exists() and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(info.read_text().split()))
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16" or (args.amp == "auto" and native))
 
 
 def distribute(module, device):
@@ -128,8 +122,7 @@ def distribute(module, device):
                                    broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-# ------------------------------------------------------------------------------------------------
-# Steps
+# ---- Steps
 
 def micro_batch(args):
     """Images of a micro-batch on one rank."""
@@ -169,15 +162,13 @@ class StopSignal:
 
 
 def check_step(step, loss, norm, stop, device):
-    """One small all-gather a step, before anything moves: (mean loss, signal that any rank got or 0).
+    """One small all-reduce a step, before anything moves: (mean loss, signal that any rank got or 0).
     Raises FloatingPointError on all ranks where the loss or the gradients' norm is not finite on any."""
-    row = torch.stack([loss.detach().float(), norm.detach().float(), torch.tensor(float(stop.number), device=device)])
-    rows = [torch.empty_like(row) for _ in range(world_size())]
+    table = torch.zeros(world_size(), 3, device=device)    # a row a rank
+    table[rank()] = torch.stack([loss.detach().float(), norm.detach().float(), torch.tensor(float(stop.number), device=device)])
     if dist.is_initialized():
-        dist.all_gather(rows, row)
-    else:
-        rows = [row]
-    losses, norms, signals = torch.stack(rows).T.tolist()
+        dist.all_reduce(table)
+    losses, norms, signals = table.T.tolist()
     for name, values in (("loss", losses), ("gradient", norms)):
         bad = [str(r) for r, value in enumerate(values) if not math.isfinite(value)]
         if bad:
@@ -186,8 +177,7 @@ def check_step(step, loss, norm, stop, device):
     return sum(losses) / len(losses), int(max(signals))
 
 
-# ------------------------------------------------------------------------------------------------
-# Checkpoints: one file of plain data and tensors, with a digest of it all
+# ---- Checkpoints: one file of plain data and tensors, with a digest of it all
 
 def digest(value, sha=None):
     """SHA-256 over nested dicts, lists, tensors and plain values, in their order."""
@@ -224,16 +214,13 @@ def checkpoint(args, step, steps, epoch_steps, stopped, modules, optimizer, mode
                      random=dict(seed=args.seed, step=step, epoch=epoch), optimizer=optimizer.state_dict(),
                      **{name: module.state_dict() for name, module in modules.items()})
         state["digest"] = digest(state)
-        write_atomically(folder / f"step-{step:08d}.pt", state)
-        if improved:
-            write_atomically(folder / "best.pt", state)
+        for path in [folder / f"step-{step:08d}.pt"] + [folder / "best.pt"] * improved:
+            write_atomically(path, state)
         for old in sorted(folder.glob("step-*.pt"))[:-2]:
             old.unlink()
     if stopped and step < steps:
         if dist.is_initialized():
             dist.barrier()                                 # the file is whole before any rank ends
-        if rank() == 0:
-            print(f"stopped at step {step} of {steps}; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + stopped)
     return best
 
@@ -298,12 +285,12 @@ def resume(args, modules, optimizer):
         state = load_checkpoint(folder)
         now, then = vars(args), state["args"]
         changed = [k for k in sorted(now.keys() | then.keys()) if k not in FREE and now.get(k) != then.get(k)]
-        names = [group["param_names"] for group in optimizer.state_dict()["param_groups"]]
         if changed and args.resume != "force":
             raise InputError(f"--output {folder} holds a run with other arguments ("
                              + ", ".join(f"{k}: {then.get(k)}, now {now.get(k)}" for k in changed)
                              + "): choose another --output, or --resume force")
-        if names != [group["param_names"] for group in state["optimizer"]["param_groups"]]:
+        names = [[group["param_names"] for group in groups["param_groups"]] for groups in (state["optimizer"], optimizer.state_dict())]
+        if names[0] != names[1]:                           # its state loads by position
             raise InputError(f"--output {folder} holds a run of another architecture: choose another --output")
         for name, module in modules.items():
             module.load_state_dict(state[name])

@@ -169,7 +169,7 @@ def main(args):
         for i in range(args.accumulate):
             (x1, x2), _ = next(batches)
             x1, x2 = x1.to(device, non_blocking=True), x2.to(device, non_blocking=True)
-            network.require_backward_grad_sync = i == args.accumulate - 1            # DDP: all-reduce at the step's end
+            network.require_backward_grad_sync = i == args.accumulate - 1          # DDP: all-reduce at the step's end
             with autocast:
                 loss, hits = network(x1, x2)
             (loss / args.accumulate).backward()

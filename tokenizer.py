@@ -40,13 +40,13 @@ MOCO_V3_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pt
 
 def get_args(argv=None):
     p = runtime.parser(__doc__, "tokenizer")
-    p.add_argument("--channels", type=int, nargs="+", help="of each resolution, from the image's to the codes'; stride 2^(number − 1)")
+    p.add_argument("--channels", type=int, nargs="+", help="of each resolution, the image's first; the codes' stride is 2^(number − 1)")
     p.add_argument("--codebook-size", type=int, help="K")
     p.add_argument("--code-dim", type=int, help="D")
     p.add_argument("--decay", type=float, help="γ of the codebook's moving averages, per step")
     p.add_argument("--revive", type=float, help="a code used less than this share of the mean starts anew")
     p.add_argument("--commitment-weight", type=float, help="β")
-    p.add_argument("--perceptual", help="moco_v3, vgg16 or resnet50 (downloaded), or the path of such a file or of a teacher.py run")
+    p.add_argument("--perceptual", help="moco_v3, vgg16 or resnet50 (downloaded), the path of such a file, or of a teacher.py run")
     p.add_argument("--perceptual-weight", type=float, help="λ; 0: the pixel-only codebook of the paper's ablation")
     p.add_argument("--perceptual-layers", type=int, nargs="+", help="S; default: blocks 3 6 9 12 of 12, every stage of a CNN")
     p.add_argument("--adversarial-weight", type=float, default=0.0, help="of a PatchGAN's hinge loss (an ablation of the paper)")
@@ -68,8 +68,8 @@ def perceptual_network(source):
         try:
             state = torch.hub.load_state_dict_from_url(urls[source], map_location="cpu", weights_only=True)
         except OSError as error:
-            raise runtime.InputError(f"--perceptual {source}: download of {urls[source]} failed ({error}); fetch the file by other "
-                                     "means and pass its path, or the path of a teacher.py run") from error
+            raise runtime.InputError(f"--perceptual {source}: download of {urls[source]} failed ({error}); fetch the file by "
+                                     "other means and pass its path, or that of a teacher.py run") from error
     else:
         state = runtime.load_checkpoint(source)
         if state.get("stage"):
@@ -82,7 +82,8 @@ def perceptual_network(source):
     prefix = "module.base_encoder."                                 # MoCo v3's; its heads are left out
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or state
     if "pos_embed" in state:
-        network = VisionTransformer(**SIZES["base"], positions="absolute", layer_scale=0.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        network = VisionTransformer(**SIZES["base"], positions="absolute", layer_scale=0.0,
+                                    mean=IMAGENET_MEAN, std=IMAGENET_STD)
         state = {k: v for k, v in state.items() if not k.startswith("head.")}
     elif "features.0.weight" in state:
         network = torchvision.models.vgg16()
@@ -106,7 +107,7 @@ def evaluate(args, tokenizer, perceptual, dataset, device, step):
     counts = torch.zeros(args.codebook_size, device=device)
     sums = torch.zeros(3, device=device, dtype=torch.float64)                       # PSNR, distance, images
     patches, patch_codes = [], []
-    loader = data.eval_loader(dataset, data.eval_transform(args.image_size), max(1, runtime.micro_batch(args)), args.workers)
+    loader = data.eval_loader(dataset, data.eval_transform(args.image_size), runtime.micro_batch(args), args.workers)
     for batch, (images, _) in enumerate(loader):
         images = images.to(device)
         x_hat, codes, _ = tokenizer(images)
@@ -117,7 +118,7 @@ def evaluate(args, tokenizer, perceptual, dataset, device, step):
         counts += torch.bincount(codes.flatten(), minlength=args.codebook_size)
         if batch == 0 and runtime.rank() == 0:
             rows = torch.cat([images[:8], x_hat[:8].clamp(-1, 1)])
-            save_image(make_grid(rows, 8, padding=2), Path(args.output) / "reconstructions.png", normalize=True, value_range=(-1, 1))
+            picture(rows, 8, Path(args.output) / "reconstructions.png")
         if len(patches) * len(images) < 1024:
             cut = images.unfold(2, tokenizer.stride, tokenizer.stride).unfold(3, tokenizer.stride, tokenizer.stride)
             patches.append(cut.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).cpu())       # (R, 3, s, s)
@@ -145,7 +146,11 @@ def gallery(patches, codes, path, rows=16, columns=16):
     for code in used:
         own = patches[codes == code][:columns]
         cells.append(torch.cat([own, torch.ones(columns - len(own), *patches.shape[1:])]))
-    save_image(make_grid(torch.cat(cells), columns, padding=1), path, normalize=True, value_range=(-1, 1))
+    picture(torch.cat(cells), columns, path)
+
+
+def picture(images, columns, path):
+    save_image(make_grid(images, columns, pad_value=1.0), path, normalize=True, value_range=(-1, 1))
 
 
 def main(args):
@@ -156,8 +161,8 @@ def main(args):
 
     # models: the tokenizer, the frozen perceptual network, the discriminator of the ablation
     torch.manual_seed(args.seed)
-    model_args = dict(image_size=args.image_size, channels=args.channels, codebook_size=args.codebook_size, code_dim=args.code_dim,
-                      decay=args.decay, revive=args.revive)
+    model_args = dict(image_size=args.image_size, channels=args.channels, codebook_size=args.codebook_size,
+                      code_dim=args.code_dim, decay=args.decay, revive=args.revive)
     perceptual = discriminator = None
     with runtime.input_errors("--image-size, --channels, --perceptual-layers"):
         tokenizer = VQTokenizer(**model_args).to(device, memory_format=torch.channels_last).train()
@@ -195,12 +200,12 @@ def main(args):
                     module.require_backward_grad_sync = i == args.accumulate - 1
             with autocast:
                 x_hat, _, commitment = network(x)
-                terms = dict(pixel=F.mse_loss(x_hat.float(), x))                # L_pixel
-                loss = terms["pixel"] + args.commitment_weight * commitment     # β L_commit; the EMA is the codebook term
+                terms = dict(pixel=F.mse_loss(x_hat.float(), x))            # L_pixel
+                loss = terms["pixel"] + args.commitment_weight * commitment  # + β L_commit; the EMA is the codebook term
                 if perceptual:
-                    terms["perceptual"] = perceptual(x, x_hat)                  # L_percep
+                    terms["perceptual"] = perceptual(x, x_hat)              # + λ L_percep
                     loss = loss + args.perceptual_weight * terms["perceptual"]
-                if discriminator:                                               # hinge losses, each to its own network
+                if discriminator:                                           # hinge losses, each to its own network
                     frozen = {n: p.detach() for n, p in discriminator.named_parameters()}
                     terms["fool"] = -torch.func.functional_call(discriminator, frozen, x_hat).mean()
                     real, fake = judge(torch.cat([x, x_hat.detach()])).chunk(2)

@@ -1,0 +1,63 @@
+"""Every test runs in an empty folder of its own, so that runs/ and data/ lie there."""
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import finetune
+import pretrain
+import teacher
+import tokenizer
+
+torch.set_num_threads(1)                                   # bits depend on it; the tensors are too small to share out
+
+STAGES = {module.__name__: module for module in (teacher, tokenizer, pretrain, finetune)}
+# an epoch is 4 steps, the run 6: one evaluation in its midst, one at its end
+COMMON = ["--recipe", "demo", "--data", "synthetic:64", "--batch-size", "16", "--steps", "6", "--log-every", "2",
+          "--workers", "0", "--amp", "fp32"]
+OWN = {"teacher": [], "tokenizer": ["--codebook-size", "32"], "pretrain": [], "finetune": ["--label-fraction", "1"]}
+
+
+def run(stage, *flags):
+    """A stage by its command line, in this process; later flags win."""
+    module = STAGES[stage]
+    return module.main(module.get_args([*COMMON, *OWN[stage], *flags]))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A stage catches SIGTERM and SIGINT for good: give them back, so that Ctrl-C still stops the tests."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """The four stages, trained once: .root is the folder of all, .teacher, .tokenizer, … are their runs,
+    .inputs the flags by which a stage run elsewhere reads the one before."""
+    root, before = tmp_path_factory.mktemp("chain"), os.getcwd()
+    os.chdir(root)
+    try:
+        for stage in STAGES:
+            run(stage)
+    finally:
+        os.chdir(before)
+    runs = {stage: root / "runs" / "demo" / stage for stage in STAGES}
+    inputs = {"teacher": [], "tokenizer": ["--perceptual", str(runs["teacher"])],
+              "pretrain": ["--tokenizer", str(runs["tokenizer"])], "finetune": ["--init", str(runs["pretrain"])]}
+    return SimpleNamespace(root=root, inputs=inputs, **runs)

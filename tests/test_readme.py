@@ -1,0 +1,38 @@
+"""The README names only what exists."""
+import re
+from pathlib import Path
+
+import finetune
+import pretrain
+import teacher
+import tokenizer
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_paper_map_points_at_code():
+    references = re.findall(r"`(\w+\.py):(\w+)`", README)
+    assert len(references) > 10
+    for file, name in references:
+        assert re.search(rf"^(class|def) {name}\b", (ROOT / file).read_text(), re.M), f"{file}:{name}"
+
+
+def test_flags_exist():
+    helps = "".join((ROOT / f"{stage.__name__}.py").read_text() for stage in (teacher, tokenizer, pretrain, finetune))
+    helps += (ROOT / "runtime.py").read_text()
+    torchrun = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
+    flags = set(re.findall(r"--[a-z][a-z-]+", README)) - torchrun
+    assert len(flags) > 15
+    for flag in flags:
+        assert f'"{flag}"' in helps, flag
+
+
+def test_recipe_values():
+    """A few numbers of the README's recipe table, against the table in the scripts."""
+    p, t, f, m = pretrain.RECIPES["paper"], tokenizer.RECIPES["paper"], finetune.RECIPES["paper"], teacher.RECIPES["paper"]
+    for text in (f"batch {p['batch_size']}, 300 or {p['epochs']} epochs", f"lr {p['lr'] * 1e3:g}e-3", f"K = {t['codebook_size']}",
+                 f"D = {t['code_dim']}", f"batch {t['batch_size']}, Adam lr {t['lr'] * 1e5:g}e-5", f"{t['warmup_steps']} warm-up steps",
+                 f"lr {f['lr'] * 1e3:g}e-3", f"layer decay {f['layer_decay']}", f"{f['warmup_epochs']} of warm-up",
+                 f"batch {m['batch_size']}, lr {m['lr'] * 1e3:g}e-3", f"channels {', '.join(map(str, t['channels']))}"):
+        assert text in README, text
