@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -46,6 +47,10 @@ def launch(main, args):
     except InputError as error:
         print(f"{args.stage}.py: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:                                               # a loader's workers ignore SIGTERM: without this, an error would wait for them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
 
 
 def parser(doc, stage):
