@@ -107,7 +107,8 @@ def evaluate(args, tokenizer, perceptual, dataset, device, step):
     counts = torch.zeros(args.codebook_size, device=device)
     sums = torch.zeros(3, device=device, dtype=torch.float64)                       # PSNR, distance, images
     patches, patch_codes = [], []
-    loader = data.eval_loader(dataset, data.eval_transform(args.image_size), runtime.micro_batch(args), args.workers)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()  # all classes in the pictures
+    loader = data.eval_loader(dataset, data.eval_transform(args.image_size), runtime.micro_batch(args), args.workers, order)
     for batch, (images, _) in enumerate(loader):
         images = images.to(device)
         x_hat, codes, _ = tokenizer(images)

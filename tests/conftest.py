@@ -1,4 +1,5 @@
 """Every test runs in an empty folder of its own, so that runs/ and data/ lie there."""
+import multiprocessing
 import os
 import signal
 import sys
@@ -20,9 +21,20 @@ torch.set_num_threads(1)                                   # bits depend on it; 
 
 STAGES = {module.__name__: module for module in (teacher, tokenizer, pretrain, finetune)}
 # an epoch is 4 steps, the run 6: one evaluation in its midst, one at its end
-COMMON = ["--recipe", "demo", "--data", "synthetic:64", "--batch-size", "16", "--steps", "6", "--log-every", "2",
+COMMON = ["--recipe", "demo", "--data", "synthetic:64", "--batch-size", "16", "--steps", "6", "--log-every", "2", "--save-every", "1",
           "--workers", "0", "--amp", "fp32"]
 OWN = {"teacher": [], "tokenizer": ["--codebook-size", "32"], "pretrain": [], "finetune": ["--label-fraction", "1"]}
+
+
+def end_workers():
+    """A loader's workers ignore SIGTERM: after an error in one, its iterator would wait ten seconds for it to end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def pytest_sessionfinish():
+    end_workers()
 
 
 def run(stage, *flags):
