@@ -67,7 +67,7 @@ class Synthetic(Dataset):
     def __init__(self, split="train", number=10_000, image_size=32, seed=0):
         self.split, self.number, self.size, self.seed = split, number, image_size, seed
         self.targets = [i % len(SHAPES) for i in range(number)]
-        self.drawn = {}                                    # small ones are kept: drawing costs more than augmenting
+        self.drawn = {}                                    # kept while few and small: drawing costs more than augmenting
 
     def __len__(self):
         return self.number
@@ -75,7 +75,7 @@ class Synthetic(Dataset):
     def __getitem__(self, index):
         if index not in self.drawn:
             image = self.draw(index)
-            if self.size > 64:
+            if self.size > 64 or self.number > 50_000:
                 return Image.fromarray(image), self.targets[index]
             self.drawn[index] = image
         return Image.fromarray(self.drawn[index]), self.targets[index]

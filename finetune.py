@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import data
 import runtime
-from model import SIZES, VisionTransformer, load_backbone, param_groups
+from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, VisionTransformer, load_backbone, param_groups
 
 RECIPES = {
     "paper": dict(                          # PeCo: 100 epochs, 20 of warm-up to 4e-3, layer decay 0.65; the rest BEiT's base
@@ -37,7 +37,7 @@ RECIPES = {
 def get_args(argv=None):
     p = runtime.parser(__doc__, "finetune")
     p.add_argument("--init", default="runs/RECIPE/pretrain", help="run or checkpoint of pretrain.py, teacher.py or "
-                   "finetune.py, a file of BEiT's, timm's or MoCo v3's, or none: from scratch")
+                   "finetune.py, a file of BEiT's, timm's or MoCo v3's ViT-B, or none: from scratch")
     p.add_argument("--eval", action="store_true", help="only evaluate --init, a fine-tuned model")
     p.add_argument("--probe", choices=["linear", "knn"], help="only classify the frozen features of --init")
     p.add_argument("--probe-layer", type=int, help="block whose features are probed, from 1; default the last")
@@ -75,22 +75,27 @@ def build(args, classes):
                 raise runtime.InputError(f"--init {args.init}: found a checkpoint of tokenizer, expected one of teacher, "
                                          "pretrain or finetune")
             own, weights = dict(state["model_args"]), state["model"]
+            if "ema" in state:                                      # what was evaluated in training
+                weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
         else:                                                       # another project's file: --model names its size
             weights = state.get("model", state.get("state_dict", state))
             prefix = "module.base_encoder."                         # MoCo v3's
             weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)} or weights
             if "pos_embed" in weights:
-                own.update(positions="absolute", layer_scale=0.0)
+                own.update(positions="absolute", layer_scale=0.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     own.pop("codes", None)
     if own["positions"] == "shared":                                # BEiT: one bias for each block from here on
         own["positions"] = "block"
-    own.update(image_size=args.image_size, drop_path=args.drop_path, classes=classes, pool=args.pool)
-    with runtime.input_errors(f"--init {args.init}"):
-        model = VisionTransformer(**own)
-        if weights:
-            load_backbone(model, weights)
-            if args.eval and ("head.weight" not in weights or weights["head.weight"].shape != model.head.weight.shape):
-                raise ValueError(f"no classifier of {classes} classes in it; fine-tune first")
+    own.update(image_size=args.image_size, drop_path=args.drop_path, classes=classes,
+               pool=own.get("pool", args.pool) if args.eval else args.pool)
+    model = VisionTransformer(**own)
+    try:
+        missing = load_backbone(model, weights) if weights else []
+    except runtime.InputError as error:
+        raise runtime.InputError(f"--init {args.init}: {error}") from error
+    if args.eval and (missing or not weights):
+        raise runtime.InputError(f"--init {args.init}: no classifier of {classes} classes in it (it lacks {', '.join(missing)}): "
+                                 "fine-tune it first, or name a run that was")
     return model, own, digest
 
 
@@ -104,9 +109,10 @@ def evaluate(args, model, dataset, device):
     """Top-1 and top-5 in % over every validation image exactly once, whatever the number of ranks."""
     model.eval()
     sums = torch.zeros(3, device=device, dtype=torch.float64)
+    autocast = runtime.autocast(args, device)
     for images, labels in val_loader(args, dataset):
         labels = labels.to(device)
-        with runtime.autocast(args, device):
+        with autocast:
             logits = model(images.to(device))
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         sums += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), torch.tensor(len(labels), device=device)])
@@ -122,20 +128,22 @@ def evaluate(args, model, dataset, device):
 
 @torch.no_grad()
 def extract(args, model, dataset, device, indices=None):
-    """Features (images, D) and labels (images,) of a data set, gathered from all ranks."""
-    rows, labels = [], []
+    """Features (images, D) and labels (images,) of a data set, on rank 0 those of all ranks."""
+    rows, labels, layer, autocast = [], [], args.probe_layer or len(model.blocks), runtime.autocast(args, device)
+    if not 1 <= layer <= len(model.blocks):
+        raise runtime.InputError(f"--probe-layer {layer}: the ViT has blocks 1 to {len(model.blocks)}")
     for images, target in val_loader(args, dataset, indices):
-        with runtime.autocast(args, device):
-            tokens = model.tokens(images.to(device), until=args.probe_layer)[-1]
+        with autocast:
+            tokens = model.tokens(images.to(device), [layer])[0]
         tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])
         rows.append((tokens[:, 1:].mean(1) if args.pool == "mean" else tokens[:, 0]).cpu())
         labels.append(target)
     part = (torch.cat(rows), torch.cat(labels))
     parts = [part]
     if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, part)
-    return [torch.cat(tensors).to(device) for tensors in zip(*parts)]
+        parts = [None] * dist.get_world_size() if runtime.rank() == 0 else None
+        dist.gather_object(part, parts)
+    return [torch.cat(tensors).to(device) for tensors in zip(*(parts or [part]))]
 
 
 def knn(train, train_labels, val, classes, k=20, temperature=0.07):
@@ -167,29 +175,36 @@ def linear_probe(train, train_labels, val, classes, steps=2000, batch=1024, lr=1
 
 
 def probe(args, model, dataset, val, device, indices):
+    """Top-1 in % of a classifier of frozen features, on rank 0."""
     train, labels = extract(args, model, dataset, device, indices)
     features, targets = extract(args, model, val, device)
+    if runtime.rank():
+        return None
     predictions = (knn if args.probe == "knn" else linear_probe)(train, labels, features, len(val.classes))
     return dict(top1=100 * (predictions == targets).float().mean().item(), images=len(targets))
+
+
+def show(row):
+    if runtime.rank() == 0:
+        print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    return row
 
 
 # ------------------------------------------------------------------------------------------------
 
 def main(args):
     device, micro_batch = runtime.device(), runtime.micro_batch(args)
-    dataset = data.load_dataset(args.data, "train", args.image_size)
     val = data.load_dataset(args.data, "val", args.image_size)
-    indices = data.label_subset(dataset.targets, args.label_fraction, args.seed)
     torch.manual_seed(args.seed)
     model, model_args, args.init_digest = build(args, 0 if args.probe else len(val.classes))
     model.to(device)
     model.checkpoint_activations = args.checkpoint_activations
-    if args.eval or args.probe:
-        model.eval()
-        row = evaluate(args, model, val, device) if args.eval else probe(args, model, dataset, val, device, indices)
-        if runtime.rank() == 0:
-            print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-        return row
+    if args.eval:
+        return show(evaluate(args, model, val, device))
+    dataset = data.load_dataset(args.data, "train", args.image_size)
+    indices = data.label_subset(dataset.targets, args.label_fraction, args.seed)
+    if args.probe:
+        return show(probe(args, model.eval(), dataset, val, device, indices))
 
     epoch_steps, steps = runtime.total_steps(args, len(indices))
     groups = param_groups(model, args.weight_decay, args.layer_decay)
@@ -206,21 +221,21 @@ def main(args):
     mix = T.RandomChoice(mixes) if mixes else None                  # either, at even odds
     if args.compile:
         model.compile()
-    network, autocast, stop = runtime.distribute(model, device), runtime.autocast(args, device), runtime.StopSignal()
+    network, autocast, caught = runtime.distribute(model, device), runtime.autocast(args, device), runtime.catch_signals()
 
     def validate():
         row = evaluate(args, modules["ema"].module if args.ema_decay else model, val, device)
         runtime.log(args, step=done, epoch=done / epoch_steps, split="val", **row)
         return row["top1"]
 
-    clock, seen, losses = time.time(), 0, 0.0
+    clock, seen, sums = time.time(), 0, {}
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=None if runtime.rank() == 0 else True):
         lr = runtime.cosine(step, steps, args.warmup_epochs * epoch_steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         micro_batches = [next(batches) for _ in range(args.accumulate)]
         torch.manual_seed(runtime.derive_seed(args.seed, step, runtime.rank()))    # mixup, cutmix, drop path
-        step_loss = 0.0
+        terms = {}
         for i, (images, labels) in enumerate(micro_batches):
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             if mix:
@@ -230,19 +245,19 @@ def main(args):
                 logits = network(images)                                            # (B, classes)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing)
             (loss / args.accumulate).backward()
-            step_loss += loss.detach() / args.accumulate
-        norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf"))           # BEiT does not clip here
-        loss, stopped = runtime.check_step(step, step_loss, norm, stop, device)
+            terms["loss"] = terms.get("loss", 0.0) + loss.detach() / args.accumulate
+        terms["grad_norm"] = nn.utils.get_total_norm([p.grad for p in model.parameters()])  # BEiT does not clip here
+        terms, stopped = runtime.check_step(step, terms, caught, device)
         optimizer.step()
         optimizer.zero_grad()
         if args.ema_decay:
             modules["ema"].update_parameters(model)
 
-        losses, seen, done = losses + loss, seen + 1, step + 1
+        sums, seen, done = {k: sums.get(k, 0.0) + v for k, v in terms.items()}, seen + 1, step + 1
         if done % args.log_every == 0 or done == steps:
-            runtime.log(args, step=done, epoch=done / epoch_steps, loss=losses / seen, lr=lr,
+            runtime.log(args, step=done, epoch=done / epoch_steps, **{k: v / seen for k, v in sums.items()}, lr=lr,
                         images_per_s=seen * args.batch_size / (time.time() - clock))
-            clock, seen, losses = time.time(), 0, 0.0
+            clock, seen, sums = time.time(), 0, {}
         best = runtime.checkpoint(args, done, steps, epoch_steps, stopped, modules, optimizer, model_args, validate, best)
 
 

@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import StochasticDepth
 
+from runtime import InputError, rank, world_size
+
 # width D, blocks, heads: DeiT's tiny and small, ViT's base, large and huge; nano is ours, for the demo.
 SIZES = {
     "nano": dict(dim=64, depth=4, heads=2),
@@ -159,7 +161,7 @@ class VisionTransformer(nn.Module):
                  layer_scale=0.1, drop_path=0.0, codes=0, classes=0, pool="mean", mean=HALF, std=HALF):
         super().__init__()
         if image_size % patch_size:
-            raise ValueError(f"image size {image_size} is no multiple of patch size {patch_size}: "
+            raise InputError(f"image size {image_size} is no multiple of patch size {patch_size}: "
                              f"try {image_size // patch_size * patch_size or patch_size}")
         self.grid, self.image_size, self.pool = image_size // patch_size, image_size, pool
         self.checkpoint_activations = False
@@ -183,15 +185,15 @@ class VisionTransformer(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """BEiT's: truncated normal of 0.02, residual branches scaled down with depth, head × 0.001."""
+        """BEiT's: normal of 0.02 truncated there, residual branches scaled down with depth, head × 0.001."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for token in (self.cls_token, self.mask_token):
             if token is not None:
-                nn.init.trunc_normal_(token, std=0.02)
+                nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
         with torch.no_grad():
             for i, block in enumerate(self.blocks, 1):
                 block.attn.proj.weight /= math.sqrt(2 * i)
@@ -199,10 +201,8 @@ class VisionTransformer(nn.Module):
             if self.head is not None:
                 self.head.weight *= 0.001
 
-    def tokens(self, images, mask=None, until=None):
-        """Tokens after each of the first `until` blocks (default all): list of (B, 1+N, D)."""
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(f"images of {tuple(images.shape[-2:])} px for a ViT of {self.image_size} px")
+    def tokens(self, images, layers, mask=None):
+        """Tokens after the named blocks, counted from 1: list of (B, 1+N, D)."""
         x = self.patch_embed(((images + 1) / 2 - self.mean) / self.std)              # (B, N, D)
         if mask is not None:
             x = torch.where(mask.flatten(1).unsqueeze(-1), self.mask_token.to(x.dtype), x)
@@ -210,22 +210,22 @@ class VisionTransformer(nn.Module):
         if self.absolute:
             x = x + self.pos_embed
         bias = self.rel_pos_bias() if self.rel_pos_bias is not None else None       # one for all blocks
-        outputs = []
-        for block in self.blocks[:until]:
+        outputs = {}
+        for layer, block in enumerate(self.blocks[:max(layers)], 1):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, bias, use_reentrant=False)
             else:
                 x = block(x, bias)
-            outputs.append(x)
-        return outputs
+            if layer in layers:
+                outputs[layer] = x
+        return [outputs[layer] for layer in layers]
 
     def features(self, images, layers):
         """Patch features after the named blocks, counted from 1: list of (B, D, h, w)."""
-        tokens = self.tokens(images, until=max(layers))
-        return [tokens[layer - 1][:, 1:].mT.unflatten(2, (self.grid, self.grid)) for layer in layers]
+        return [x[:, 1:].mT.unflatten(2, (self.grid, self.grid)) for x in self.tokens(images, layers)]
 
     def forward(self, images, mask=None):
-        x = self.tokens(images, mask)[-1]
+        x = self.tokens(images, [len(self.blocks)], mask)[0]
         if mask is not None:
             return self.lm_head(self.norm(x[:, 1:][mask.flatten(1)]))               # (M, K)
         x = self.norm(x)                                                            # (B, 1+N, D)
@@ -239,7 +239,7 @@ def sincos_positions(grid, dim):
     omega = 10000.0 ** -(torch.arange(dim // 4) / (dim // 4))
     y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     x, y = x.flatten()[:, None] * omega, y.flatten()[:, None] * omega               # (N, D/4)
-    patches = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1)                    # (N, D)
+    patches = torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], 1)                    # (N, D), in the official files' order
     return torch.cat([torch.zeros(1, dim), patches]).unsqueeze(0)
 
 
@@ -270,8 +270,8 @@ def load_backbone(model, state):
     """Load a ViT's weights into another for a new task: ours, timm's, BEiT's or MoCo v3's.
 
     Copies a shared position bias into every block where the model has one a block, interpolates
-    positions to another grid, and leaves the new task's own layers as initialised. Raises ValueError
-    where the architectures differ.
+    positions to another grid, and leaves the new task's own layers as initialised. Returns the names of
+    those; raises InputError where the architectures differ.
     """
     own = model.state_dict()
     heads = ("head.", "lm_head.", "fc_norm.", "norm.", "mask_token")                # may differ by task
@@ -285,17 +285,21 @@ def load_backbone(model, state):
         if key.endswith("relative_position_bias_table") and state[key].shape[1] == own[key].shape[1]:
             state[key] = resize_position_bias(state[key], own[key].shape[0])
         elif key == "pos_embed":
+            old = sincos_positions(math.isqrt(state[key].shape[1] - 1), state[key].shape[2])
+            if not torch.allclose(state[key], old, atol=1e-4):
+                raise InputError("its position embedding is learned and of another grid: keep its --image-size")
             state[key] = own[key]                                                   # a fixed function of the grid
         elif key.startswith(heads):
             del state[key]
         else:
-            raise ValueError(f"{key}: expected {tuple(own[key].shape)}, found {tuple(state[key].shape)}")
+            raise InputError(f"{key}: expected {tuple(own[key].shape)}, found {tuple(state[key].shape)}")
     missing, unexpected = model.load_state_dict(state, strict=False)
     for kind, keys in (("lacks", missing), ("has", unexpected)):
         wrong = [k for k in keys if not k.startswith(heads)]
         if wrong:
-            raise ValueError(f"another architecture: it {kind} {wrong[0]}"
+            raise InputError(f"another architecture: it {kind} {wrong[0]}"
                              + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""))
+    return missing
 
 
 def resize_position_bias(table, rows):
@@ -394,7 +398,7 @@ class Quantizer(nn.Module):
     def initialize(self, generator):
         """Codes := random vectors of the gathered global batch, each counted as used equally."""
         vectors = torch.stack([rows for rows, _ in self.gathered])                  # (micro-batches, R, D)
-        self.codebook.copy_(self.draw(vectors, len(self.codebook), generator))
+        self.codebook.copy_(self.draw(vectors, len(self.codebook), generator))      # e
         self.count.fill_(vectors[..., 0].numel() * world_size() / len(self.count))
         self.sum.copy_(self.codebook * self.count[:, None])
         self.gathered.clear()
@@ -412,27 +416,25 @@ class Quantizer(nn.Module):
                 dist.all_reduce(total)
         self.count.lerp_(n, 1 - self.decay)                                         # N ← γN + (1−γ)n
         self.sum.lerp_(m, 1 - self.decay)                                           # m ← γm + (1−γ)Σz
-        dead = self.count < self.revive * self.count.mean()
-        if dead.any():
-            self.sum[dead] = self.draw(vectors, int(dead.sum()), generator)
-            self.count[dead] = 1.0                                                  # or the old average returns
+        mean = self.count.mean()
+        dead = self.count < self.revive * mean
+        if dead.any():                                                              # as if used as much as the mean:
+            self.sum[dead] = mean * self.draw(vectors, int(dead.sum()), generator)  # the old average would return
+            self.count[dead] = mean
         self.codebook.copy_(self.sum / self.count[:, None])                         # e = m / N
 
     def draw(self, vectors, number, generator):
-        """The same `number` random rows of all ranks' vectors, on every rank → (number, D)."""
+        """The same `number` random rows of all ranks' vectors, different ones if there are as many → (number, D)."""
         micro_batches, rows, _ = vectors.shape
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        total = micro_batches * world_size() * rows
+        order = torch.randperm(total, generator=generator)
+        chosen = order[torch.arange(number) % total].to(vectors.device)
         # numbered as in the global batch: micro-batch, then rank, then row
-        number = torch.randint(micro_batches * world_size() * rows, (number,), generator=generator).to(vectors.device)
-        batch, owner, row = number // (world_size() * rows), number // rows % world_size(), number % rows
-        drawn = torch.where((owner == rank)[:, None], vectors[batch, row], 0.0)
+        batch, owner, row = chosen // (world_size() * rows), chosen // rows % world_size(), chosen % rows
+        drawn = torch.where((owner == rank())[:, None], vectors[batch, row], 0.0)
         if dist.is_initialized():
             dist.all_reduce(drawn)
         return drawn
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -507,9 +509,9 @@ class VQTokenizer(nn.Module):
         super().__init__()
         self.image_size, self.stride = image_size, 2 ** (len(channels) - 1)
         if image_size % self.stride:
-            raise ValueError(f"image size {image_size} is no multiple of the tokenizer's stride {self.stride}")
+            raise InputError(f"image size {image_size} is no multiple of the tokenizer's stride {self.stride}")
         if any(c % 16 for c in channels):
-            raise ValueError(f"channels {list(channels)} must be multiples of 16")
+            raise InputError(f"channels {list(channels)} must be multiples of 16")
         self.encoder = Encoder(channels, code_dim)
         self.quantizer = Quantizer(codebook_size, code_dim, decay, revive)
         self.decoder = Decoder(channels, code_dim)
@@ -562,7 +564,7 @@ class PerceptualLoss(nn.Module):
         number = len(network.blocks) if vit else len(CONVNET_LAYERS[kind])
         layers = list(layers or ([number * i // 4 for i in (1, 2, 3, 4)] if vit else range(1, number + 1)))
         if not all(1 <= layer <= number for layer in layers):
-            raise ValueError(f"perceptual layers {layers}: this network has layers 1 to {number}")
+            raise InputError(f"perceptual layers {layers}: this network has layers 1 to {number}")
         self.layers, self.image_size = layers, network.image_size if vit else None
         if not vit:
             nodes = {CONVNET_LAYERS[kind][layer - 1]: str(layer) for layer in layers}
@@ -579,8 +581,8 @@ class PerceptualLoss(nn.Module):
         if self.image_size is None:
             maps = self.network(((images + 1) / 2 - self.mean) / self.std).values()
         else:                                                                       # the ViT normalises its inputs itself
-            if images.shape[-1] != self.image_size:
-                images = F.interpolate(images, (self.image_size,) * 2, mode="bicubic", antialias=True)
+            if images.shape[-1] != self.image_size:                                 # not in bf16: there is no such kernel
+                images = F.interpolate(images.float(), (self.image_size,) * 2, mode="bicubic", antialias=True)
             maps = self.network.features(images, self.layers)
         return [F.layer_norm(f.float().movedim(1, -1), f.shape[1:2]).movedim(-1, 1) for f in maps]
 

@@ -84,8 +84,7 @@ def main(args):
     codes = len(tokenizer.quantizer.codebook)
     model_args = dict(SIZES[args.model], image_size=args.image_size, patch_size=args.patch_size, positions="shared",
                       layer_scale=args.layer_scale, drop_path=args.drop_path, codes=codes)
-    with runtime.input_errors("--image-size"):
-        model = VisionTransformer(**model_args).to(device)
+    model = VisionTransformer(**model_args).to(device)
     model.checkpoint_activations = args.checkpoint_activations
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr, betas=tuple(args.betas))
     modules = dict(model=model)
@@ -97,15 +96,15 @@ def main(args):
     if args.compile:
         model.compile()
         tokenizer.encoder.compile()
-    network, autocast, stop = runtime.distribute(model, device), runtime.autocast(args, device), runtime.StopSignal()
-    clock, seen, losses, hits = time.time(), 0, 0.0, 0.0
+    network, autocast, caught = runtime.distribute(model, device), runtime.autocast(args, device), runtime.catch_signals()
+    clock, seen, sums = time.time(), 0, {}
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=None if runtime.rank() == 0 else True):
         lr = runtime.cosine(step, steps, args.warmup_epochs * epoch_steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         micro_batches = [next(batches)[0] for _ in range(args.accumulate)]
         torch.manual_seed(runtime.derive_seed(args.seed, step, runtime.rank()))    # drop path
-        step_loss = 0.0
+        terms = {}
         for i, (images, mask) in enumerate(micro_batches):
             images, mask = images.to(device, non_blocking=True), mask.to(device, non_blocking=True)
             network.require_backward_grad_sync = i == args.accumulate - 1          # DDP: all-reduce at the step's end
@@ -115,18 +114,19 @@ def main(args):
                 logits = network(images, mask)                                      # (M, K)
                 loss = F.cross_entropy(logits.float(), target)                      # over masked patches only
             (loss / args.accumulate).backward()
-            step_loss += loss.detach() / args.accumulate
-            hits += (logits.argmax(1) == target).float().mean() / args.accumulate
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        loss, stopped = runtime.check_step(step, step_loss, norm, stop, device)
+            accuracy = (logits.argmax(1) == target).float().mean()
+            for name, term in dict(loss=loss, accuracy=accuracy).items():
+                terms[name] = terms.get(name, 0.0) + term.detach() / args.accumulate
+        terms["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        terms, stopped = runtime.check_step(step, terms, caught, device)
         optimizer.step()
         optimizer.zero_grad()
 
-        losses, seen, done = losses + loss, seen + 1, step + 1
+        sums, seen, done = {k: sums.get(k, 0.0) + v for k, v in terms.items()}, seen + 1, step + 1
         if done % args.log_every == 0 or done == steps:
-            runtime.log(args, step=done, epoch=done / epoch_steps, loss=losses / seen, accuracy=float(hits) / seen,
-                        grad_norm=norm.item(), lr=lr, images_per_s=seen * args.batch_size / (time.time() - clock))
-            clock, seen, losses, hits = time.time(), 0, 0.0, 0.0
+            runtime.log(args, step=done, epoch=done / epoch_steps, **{k: v / seen for k, v in sums.items()}, lr=lr,
+                        images_per_s=seen * args.batch_size / (time.time() - clock))
+            clock, seen, sums = time.time(), 0, {}
         runtime.checkpoint(args, done, steps, epoch_steps, stopped, modules, optimizer, model_args)
 
 

@@ -1,7 +1,6 @@
 """What every stage needs and the paper does not speak of: arguments, process group, schedule, one check a
 step, checkpoints, log. Stateless helpers; knows nothing of models or data."""
 import argparse
-import contextlib
 import hashlib
 import json
 import math
@@ -20,20 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 FREE = {"output", "resume", "workers", "log_every", "save_every"}  # arguments that do not change the weights
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """Bad input: one line that names the culprit and the remedy; the process exits with status 2."""
 
     def __str__(self):                                     # a loader's worker wraps it in a traceback
         return super().__str__().rpartition("InputError: ")[2].strip()
-
-
-@contextlib.contextmanager
-def input_errors(culprit):
-    """Turn a ValueError (model.py's) about what the user passed in into an InputError."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(f"{culprit}: {error}") from error
 
 
 def launch(main, args):
@@ -107,7 +97,6 @@ def device():
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    torch.set_float32_matmul_precision("high")             # TF32 for what stays in fp32
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -157,46 +146,47 @@ def cosine(step, total, warmup, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
-class StopSignal:
-    """Remembers SIGTERM or SIGINT until check_step asks."""
+def catch_signals():
+    """A list that the numbers of SIGTERM and SIGINT are appended to, for check_step to look at."""
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: caught.append(number))
+    return caught
 
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: setattr(self, "number", number))
 
+def check_step(step, terms, caught, device):
+    """One small all-reduce a step, before anything moves: (terms averaged over ranks, a signal any rank got or 0).
 
-def check_step(step, loss, norm, stop, device):
-    """One small all-reduce a step, before anything moves: (mean loss, signal that any rank got or 0).
-    Raises FloatingPointError on all ranks where the loss or the gradients' norm is not finite on any."""
-    table = torch.zeros(world_size(), 3, device=device)    # a row a rank
-    table[rank()] = torch.stack([loss.detach().float(), norm.detach().float(), torch.tensor(float(stop.number), device=device)])
+    terms: this rank's loss, gradient norm and what else is logged, by name. Raises FloatingPointError on
+    all ranks where one is not finite on any.
+    """
+    table = torch.zeros(world_size(), len(terms) + 1, device=device)  # a row a rank
+    table[rank()] = torch.stack([torch.as_tensor(float(caught[0]) if caught else 0.0, device=device),
+                                 *(term.detach().float() for term in terms.values())])
     if dist.is_initialized():
         dist.all_reduce(table)
-    losses, norms, signals = table.T.tolist()
-    for name, values in (("loss", losses), ("gradient", norms)):
+    signals, *columns = table.T.tolist()
+    for name, values in zip(terms, columns):
         bad = [str(r) for r, value in enumerate(values) if not math.isfinite(value)]
         if bad:
             raise FloatingPointError(f"{name} not finite at step {step} on rank {', '.join(bad)}; stopped before the update, "
                                      "the last checkpoint is intact: try a lower --lr or --amp fp32")
-    return sum(losses) / len(losses), int(max(signals))
+    return {name: sum(values) / len(values) for name, values in zip(terms, columns)}, int(max(signals))
 
 
 # ---- Checkpoints: one file of plain data and tensors, with a digest of it all
 
-def digest(value, sha=None):
+def digest(value):
     """SHA-256 over nested dicts, lists, tensors and plain values, in their order."""
-    top, sha = sha is None, sha or hashlib.sha256()
+    sha = hashlib.sha256()
     if isinstance(value, torch.Tensor):
         sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
         sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    elif isinstance(value, (dict, list, tuple)):
-        sha.update(str(len(value)).encode())
-        for item in (value.items() if isinstance(value, dict) else value):
-            digest(item, sha)
     else:
-        sha.update(repr(value).encode())
-    return sha.hexdigest() if top else None
+        nested = isinstance(value, (dict, list, tuple))
+        items = value.items() if isinstance(value, dict) else value
+        sha.update(repr([digest(item) for item in items] if nested else value).encode())
+    return sha.hexdigest()
 
 
 def checkpoint(args, step, steps, epoch_steps, stopped, modules, optimizer, model_args, evaluate=None, best=None):
@@ -210,7 +200,7 @@ def checkpoint(args, step, steps, epoch_steps, stopped, modules, optimizer, mode
     due = step == steps or step % (epoch_steps * args.save_every) == 0
     if not due and not stopped:
         return best
-    metric = evaluate() if due and evaluate else None
+    metric = evaluate() if evaluate and (step == steps or due and not stopped) else None
     improved = metric is not None and (best is None or metric > best)
     best = metric if improved else best
     if rank() == 0:
@@ -260,16 +250,18 @@ def load_checkpoint(path, stages=None):
     for file in files:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-            ours = isinstance(state, dict) and "digest" in state
+            if not isinstance(state, dict):
+                raise ValueError(f"it holds a {type(state).__name__}")
+            ours = "digest" in state
             if ours and state["digest"] != digest({k: v for k, v in state.items() if k != "digest"}):
                 raise ValueError("its digest differs")
-        except Exception as error:                         # torch.load raises all kinds on a damaged file
-            print(f"{file} is damaged: {str(error).splitlines()[0]}", file=sys.stderr)
+        except Exception as error:                         # torch.load raises all kinds on a damaged or hostile file
+            print(f"{file}: not loaded: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
         if stages and (not ours or state["stage"] not in stages):
             raise InputError(f"{file}: found {'a checkpoint of ' + state['stage'] if ours else 'another file'}, {wanted}")
         return state
-    raise InputError(f"{path}: no readable checkpoint, {wanted}; restore one, or begin in another --output")
+    raise InputError(f"{path}: no sound checkpoint, {wanted}; restore one or name another path")
 
 
 def resume(args, modules, optimizer):
@@ -295,12 +287,21 @@ def resume(args, modules, optimizer):
                              + ", ".join(f"{k}: {then.get(k)}, now {now.get(k)}" for k in changed)
                              + "): choose another --output, or --resume force")
         names = [[group["param_names"] for group in groups["param_groups"]] for groups in (state["optimizer"], optimizer.state_dict())]
-        if names[0] != names[1]:                           # its state loads by position
+        if names[0] != names[1] or not modules.keys() <= state.keys():  # the optimizer's state loads by position
             raise InputError(f"--output {folder} holds a run of another architecture: choose another --output")
         for name, module in modules.items():
             module.load_state_dict(state[name])
+        own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(optimizer.param_groups, own):
+            group.update(values)                           # --resume force: the new weight decay counts
         step, best = state["step"], state["best"]
+    everyone = [step] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, step)
+    if len(set(everyone)) > 1:
+        raise InputError(f"--output {folder}: ranks found different checkpoints, of steps {sorted(set(everyone))}: "
+                         "it must lie on storage that all machines share")
     log(args, args=vars(args), world_size=world_size(), torch=torch.__version__, step=step)
     return step, best
 

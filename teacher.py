@@ -140,8 +140,7 @@ def main(args):
     torch.manual_seed(args.seed)
     model_args = dict(SIZES[args.model], image_size=args.image_size, patch_size=args.patch_size, positions="absolute",
                       layer_scale=0.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    with runtime.input_errors("--image-size"):
-        encoder = VisionTransformer(**model_args)
+    encoder = VisionTransformer(**model_args)
     moco = MoCo(encoder, args.hidden, args.features, args.temperature).to(device)
     encoder.checkpoint_activations = args.checkpoint_activations
     modules = dict(moco.named_children())                           # the encoder is what the next stage reads
@@ -156,37 +155,34 @@ def main(args):
     batches = iter(data.train_loader(dataset, transform, args, micro_batch, start, steps))
     if args.compile:
         moco.compile()
-    network, autocast, stop = runtime.distribute(moco, device), runtime.autocast(args, device), runtime.StopSignal()
-    parameters = [p for _, p in trained]
-
-    clock, seen, losses, accuracy = time.time(), 0, [], []
+    network, autocast, caught = runtime.distribute(moco, device), runtime.autocast(args, device), runtime.catch_signals()
+    clock, seen, sums = time.time(), 0, {}
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=None if runtime.rank() == 0 else True):
         lr = runtime.cosine(step, steps, args.warmup_epochs * epoch_steps, args.lr)
         m = 1 - (1 - args.momentum) * runtime.cosine(step, steps, 0, 1.0)          # rises to 1
         for group in optimizer.param_groups:
             group["lr"] = lr
-        step_loss = 0.0
+        terms = {}
         for i in range(args.accumulate):
             (x1, x2), _ = next(batches)
             x1, x2 = x1.to(device, non_blocking=True), x2.to(device, non_blocking=True)
             network.require_backward_grad_sync = i == args.accumulate - 1          # DDP: all-reduce at the step's end
             with autocast:
-                loss, hits = network(x1, x2)
+                loss, accuracy = network(x1, x2)
             (loss / args.accumulate).backward()
-            step_loss += loss.detach() / args.accumulate
-        norm = nn.utils.clip_grad_norm_(parameters, float("inf"))                   # the paper does not clip
-        loss, stopped = runtime.check_step(step, step_loss, norm, stop, device)
+            for name, term in dict(loss=loss, accuracy=accuracy).items():
+                terms[name] = terms.get(name, 0.0) + term.detach() / args.accumulate
+        terms["grad_norm"] = nn.utils.get_total_norm([p.grad for _, p in trained])  # the paper does not clip
+        terms, stopped = runtime.check_step(step, terms, caught, device)
         optimizer.step()
         optimizer.zero_grad()
         moco.update_momentum(m)
 
-        losses.append(loss)
-        accuracy.append(hits)
-        seen, done = seen + args.batch_size, step + 1
+        sums, seen, done = {k: sums.get(k, 0.0) + v for k, v in terms.items()}, seen + 1, step + 1
         if done % args.log_every == 0 or done == steps:
-            runtime.log(args, step=done, epoch=done / epoch_steps, loss=sum(losses) / len(losses),
-                        accuracy=torch.stack(accuracy).mean().item(), lr=lr, images_per_s=seen / (time.time() - clock))
-            clock, seen, losses, accuracy = time.time(), 0, [], []
+            runtime.log(args, step=done, epoch=done / epoch_steps, **{k: v / seen for k, v in sums.items()}, lr=lr,
+                        images_per_s=seen * args.batch_size / (time.time() - clock))
+            clock, seen, sums = time.time(), 0, {}
         runtime.checkpoint(args, done, steps, epoch_steps, stopped, modules, optimizer, model_args)
 
 

@@ -25,15 +25,15 @@ RECIPES = {
         data="data/imagenet", image_size=224, batch_size=128, epochs=100, lr=5e-5, betas=[0.5, 0.95], warmup_steps=5000,
         channels=[32, 64, 128, 256, 256], codebook_size=8192, code_dim=256,         # channels: our choice
         decay=0.99, revive=0.01, commitment_weight=0.25,                            # VQ-VAE; our choice; VQ-VAE
-        perceptual="moco_v3", perceptual_weight=1.0, crop_min=0.08),                # λ; crop_min: our choice
+        perceptual="moco_v3", perceptual_weight=1.0, crop_min=0.08, eval_crop=0.875),  # λ; crops: our choice
     "cifar": dict(                                                  # our choice
         data="data/cifar10", image_size=32, batch_size=256, epochs=50, lr=4e-4, betas=[0.5, 0.95], warmup_steps=500,
         channels=[64, 128, 128], codebook_size=2048, code_dim=64, decay=0.99, revive=0.01, commitment_weight=0.25,
-        perceptual="runs/RECIPE/teacher", perceptual_weight=1.0, crop_min=0.4),
+        perceptual="runs/RECIPE/teacher", perceptual_weight=1.0, crop_min=0.4, eval_crop=1.0),
     "demo": dict(                                                   # our choice
         data="synthetic", image_size=32, batch_size=128, epochs=1, lr=1e-3, betas=[0.5, 0.95], warmup_steps=10,
         channels=[16, 32, 32, 64], codebook_size=256, code_dim=32, decay=0.95, revive=0.03, commitment_weight=0.25,
-        perceptual="runs/RECIPE/teacher", perceptual_weight=1.0, crop_min=0.4),
+        perceptual="runs/RECIPE/teacher", perceptual_weight=1.0, crop_min=0.4, eval_crop=1.0),
 }
 MOCO_V3_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
 
@@ -53,14 +53,16 @@ def get_args(argv=None):
     p.add_argument("--betas", type=float, nargs=2, help="of Adam")
     p.add_argument("--warmup-steps", type=int)
     p.add_argument("--crop-min", type=float, help="smallest random crop, share of the image's area")
+    p.add_argument("--eval-crop", type=float, help="centre crop, share of the side")
     return runtime.parse(p, RECIPES, argv)
 
 
 def perceptual_network(source):
-    """The frozen network behind L_percep: by name (downloaded) or by path, told apart by its parameters' names.
+    """The network behind L_percep, by name (downloaded) or by path, and a digest of its weights.
 
     MoCo v3's official files (ViT-B/16 or ResNet-50), torchvision's VGG-16 and ResNet-50, teacher.py's
-    runs. Raises InputError where there are no weights: a random network never stands in.
+    runs, told apart by their parameters' names. Raises InputError where there are no weights: a random
+    network never stands in.
     """
     urls = dict(moco_v3=MOCO_V3_URL, vgg16=torchvision.models.VGG16_Weights.IMAGENET1K_V1.url,
                 resnet50=torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url)
@@ -77,7 +79,7 @@ def perceptual_network(source):
                 raise runtime.InputError(f"--perceptual {source}: a checkpoint of {state['stage']}, expected one of teacher")
             network = VisionTransformer(**state["model_args"])
             network.load_state_dict(state["model"])
-            return network
+            return network, state["digest"]
     state = state.get("state_dict", state)
     prefix = "module.base_encoder."                                 # MoCo v3's; its heads are left out
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or state
@@ -97,7 +99,7 @@ def perceptual_network(source):
         network.load_state_dict(state)
     except RuntimeError as error:
         raise runtime.InputError(f"--perceptual {source}: {str(error).splitlines()[1].strip()}") from error
-    return network
+    return network, runtime.digest(state)
 
 
 @torch.no_grad()
@@ -105,22 +107,24 @@ def evaluate(args, tokenizer, perceptual, dataset, device, step):
     """On all validation images: PSNR (dB), perceptual distance, codebook usage and perplexity; two pictures."""
     tokenizer.eval()
     counts = torch.zeros(args.codebook_size, device=device)
-    sums = torch.zeros(3, device=device, dtype=torch.float64)                       # PSNR, distance, images
+    sums = torch.zeros(4, device=device, dtype=torch.float64)                       # PSNR, MSE, distance, images
     patches, patch_codes = [], []
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()  # all classes in the pictures
-    loader = data.eval_loader(dataset, data.eval_transform(args.image_size), runtime.micro_batch(args), args.workers, order)
+    loader = data.eval_loader(dataset, data.eval_transform(args.image_size, args.eval_crop), runtime.micro_batch(args),
+                              args.workers, order)
     for batch, (images, _) in enumerate(loader):
         images = images.to(device)
         x_hat, codes, _ = tokenizer(images)
         mse = F.mse_loss(x_hat.clamp(-1, 1), images, reduction="none").mean((1, 2, 3))
         sums[0] += (10 * torch.log10(4 / mse)).sum()                                # the range is 2: peak² = 4
-        sums[1] += len(images) * (perceptual(images, x_hat) if perceptual else float("nan"))
-        sums[2] += len(images)
+        sums[1] += mse.sum()
+        sums[2] += len(images) * perceptual(images, x_hat) if perceptual else 0.0
+        sums[3] += len(images)
         counts += torch.bincount(codes.flatten(), minlength=args.codebook_size)
         if batch == 0 and runtime.rank() == 0:
             rows = torch.cat([images[:8], x_hat[:8].clamp(-1, 1)])
             picture(rows, 8, Path(args.output) / "reconstructions.png")
-        if len(patches) * len(images) < 1024:
+        if runtime.rank() == 0 and sums[3] <= 1024:
             cut = images.unfold(2, tokenizer.stride, tokenizer.stride).unfold(3, tokenizer.stride, tokenizer.stride)
             patches.append(cut.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).cpu())       # (R, 3, s, s)
             patch_codes.append(codes.flatten().cpu())
@@ -130,14 +134,13 @@ def evaluate(args, tokenizer, perceptual, dataset, device, step):
     if runtime.rank() == 0:
         gallery(torch.cat(patches), torch.cat(patch_codes), Path(args.output) / "codes.png")
     share = counts / counts.sum()
-    psnr, distance = (sums[:2] / sums[2]).tolist()
+    psnr, mse, distance = (sums[:3] / sums[3]).tolist()
     row = dict(psnr=psnr, usage=(counts > 0).float().mean().item(), perplexity=torch.special.entr(share).sum().exp().item())
     if perceptual:
         row["distance"] = distance
     runtime.log(args, step=step, split="val", **row)
     tokenizer.train()
-    # the objective, negated, without its commitment term
-    return -4 * 10 ** (-psnr / 10) - (args.perceptual_weight * distance if perceptual else 0)
+    return -(mse + args.perceptual_weight * distance)               # the objective without its commitment term
 
 
 def gallery(patches, codes, path, rows=16, columns=16):
@@ -165,10 +168,10 @@ def main(args):
     model_args = dict(image_size=args.image_size, channels=args.channels, codebook_size=args.codebook_size,
                       code_dim=args.code_dim, decay=args.decay, revive=args.revive)
     perceptual = discriminator = None
-    with runtime.input_errors("--image-size, --channels, --perceptual-layers"):
-        tokenizer = VQTokenizer(**model_args).to(device, memory_format=torch.channels_last).train()
-        if args.perceptual_weight:
-            perceptual = PerceptualLoss(perceptual_network(args.perceptual), args.perceptual_layers).to(device)
+    tokenizer = VQTokenizer(**model_args).to(device, memory_format=torch.channels_last).train()
+    if args.perceptual_weight:                                      # its digest with the arguments: a resumed run needs the same
+        frozen, args.perceptual_digest = perceptual_network(args.perceptual)
+        perceptual = PerceptualLoss(frozen, args.perceptual_layers).to(device)
     modules = dict(model=tokenizer)
     if args.adversarial_weight:
         modules["discriminator"] = discriminator = PatchDiscriminator().to(device)
@@ -179,8 +182,9 @@ def main(args):
     transform = data.tokenizer_transform(args.image_size, args.crop_min)
     batches = iter(data.train_loader(dataset, transform, args, micro_batch, start, steps))
     if args.compile:
-        tokenizer.compile()
-    network, autocast, stop = runtime.distribute(tokenizer, device), runtime.autocast(args, device), runtime.StopSignal()
+        tokenizer.encoder.compile()
+        tokenizer.decoder.compile()
+    network, autocast, caught = runtime.distribute(tokenizer, device), runtime.autocast(args, device), runtime.catch_signals()
     judge = runtime.distribute(discriminator, device) if discriminator else None
     clock, seen, sums = time.time(), 0, {}
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=None if runtime.rank() == 0 else True):
@@ -194,7 +198,7 @@ def main(args):
                 for x in images:
                     tokenizer.quantizer(tokenizer.encoder(x))
             tokenizer.quantizer.initialize(generator)
-        step_loss = 0.0
+        logged = {}
         for i, x in enumerate(images):
             for module in (network, judge):                         # DDP: all-reduce at the step's last micro-batch
                 if module is not None:
@@ -207,25 +211,23 @@ def main(args):
                     terms["perceptual"] = perceptual(x, x_hat)              # + λ L_percep
                     loss = loss + args.perceptual_weight * terms["perceptual"]
                 if discriminator:                                           # hinge losses, each to its own network
-                    frozen = {n: p.detach() for n, p in discriminator.named_parameters()}
-                    terms["fool"] = -torch.func.functional_call(discriminator, frozen, x_hat).mean()
+                    fixed = {n: p.detach() for n, p in discriminator.named_parameters()}
+                    terms["fool"] = -torch.func.functional_call(discriminator, fixed, x_hat).mean()
                     real, fake = judge(torch.cat([x, x_hat.detach()])).chunk(2)
                     terms["judge"] = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
                     loss = loss + args.adversarial_weight * terms["fool"] + terms["judge"]
             (loss / args.accumulate).backward()
-            step_loss += loss.detach() / args.accumulate
-            for name, term in dict(terms, commitment=commitment).items():
-                sums[name] = sums.get(name, 0.0) + term.detach() / args.accumulate
-        norm = nn.utils.clip_grad_norm_([p for _, p in parameters], float("inf"))   # the paper does not clip
-        loss, stopped = runtime.check_step(step, step_loss, norm, stop, device)
+            for name, term in dict(loss=loss, **terms, commitment=commitment).items():
+                logged[name] = logged.get(name, 0.0) + term.detach() / args.accumulate
+        logged["grad_norm"] = nn.utils.get_total_norm([p.grad for _, p in parameters])  # the paper does not clip
+        logged, stopped = runtime.check_step(step, logged, caught, device)
         optimizer.step()
         optimizer.zero_grad()
         tokenizer.quantizer.update(generator)
 
-        sums["loss"] = sums.get("loss", 0.0) + loss
-        seen, done = seen + 1, step + 1
+        sums, seen, done = {k: sums.get(k, 0.0) + v for k, v in logged.items()}, seen + 1, step + 1
         if done % args.log_every == 0 or done == steps:
-            runtime.log(args, step=done, epoch=done / epoch_steps, **{k: float(v) / seen for k, v in sums.items()}, lr=lr,
+            runtime.log(args, step=done, epoch=done / epoch_steps, **{k: v / seen for k, v in sums.items()}, lr=lr,
                         images_per_s=seen * args.batch_size / (time.time() - clock))
             clock, seen, sums = time.time(), 0, {}
         best = runtime.checkpoint(args, done, steps, epoch_steps, stopped, modules, optimizer, model_args,

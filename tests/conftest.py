@@ -21,8 +21,8 @@ torch.set_num_threads(1)                                   # bits depend on it; 
 
 STAGES = {module.__name__: module for module in (teacher, tokenizer, pretrain, finetune)}
 # an epoch is 4 steps, the run 6: one evaluation in its midst, one at its end
-COMMON = ["--recipe", "demo", "--data", "synthetic:64", "--batch-size", "16", "--steps", "6", "--log-every", "2", "--save-every", "1",
-          "--workers", "0", "--amp", "fp32"]
+COMMON = ["--recipe", "demo", "--data", "synthetic:64", "--batch-size", "16", "--steps", "6", "--log-every", "2",
+          "--save-every", "1", "--workers", "0", "--amp", "fp32"]
 OWN = {"teacher": [], "tokenizer": ["--codebook-size", "32"], "pretrain": [], "finetune": ["--label-fraction", "1"]}
 
 

@@ -8,7 +8,6 @@ Runs the stages' own command lines, which it prints, in one process. Finished st
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import finetune
@@ -21,13 +20,12 @@ SEEDS = (0, 1, 2)
 
 
 def run(stage, *flags):
-    """Run one stage; returns its seconds and its log's rows."""
+    """Run one stage; returns its seconds, by its log, and the log's rows."""
     args = stage.get_args(["--recipe", "demo", *flags])
     print(f"\n$ python {args.stage}.py --recipe demo {' '.join(flags)}".rstrip(), flush=True)
-    begin = time.time()
     runtime.launch(stage.main, args)
-    log = Path(args.output) / "log.jsonl"
-    return time.time() - begin, [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [json.loads(line) for line in (Path(args.output) / "log.jsonl").read_text().splitlines()]
+    return max(row["time"] for row in rows if "args" not in row) - rows[0]["time"], rows
 
 
 def main():
@@ -41,9 +39,10 @@ def main():
             name = f"finetune-{arm.replace(' ', '-')}-{seed}"
             time_taken, rows = run(finetune, "--init", init, "--seed", str(seed), "--output", f"runs/demo/{name}")
             seconds["finetune"] = seconds.get("finetune", 0) + time_taken
-            accuracy[arm].append([row for row in rows if row.get("split") == "val"][-1]["top1"])
+            val = [row for row in rows if row.get("split") == "val"][-1]
+            accuracy[arm].append(val["top1"])
     recipe = finetune.RECIPES["demo"]
-    print(f"\nTop-1 on {rows[-1]['images']} unseen images (chance 10 %), the same ViT fine-tuned the same way on "
+    print(f"\nTop-1 on {val['images']} unseen images (chance 10 %), the same ViT fine-tuned the same way on "
           f"{recipe['label_fraction']:.0%} of the labels, {len(SEEDS)} seeds:\n")
     print("| | mean % | standard deviation | each seed |\n| --- | --- | --- | --- |")
     for arm, values in accuracy.items():
