@@ -23,7 +23,9 @@ STAGES = {module.__name__: module for module in (teacher, tokenizer, pretrain, f
 # an epoch is 4 steps, the run 6: one evaluation in its midst, one at its end
 COMMON = ["--recipe", "demo", "--data", "synthetic:64", "--batch-size", "16", "--steps", "6", "--log-every", "2",
           "--save-every", "1", "--workers", "0", "--amp", "fp32"]
-OWN = {"teacher": [], "tokenizer": ["--codebook-size", "32"], "pretrain": [], "finetune": ["--label-fraction", "1"]}
+# whatever is random is on: revived codes, drop path, mixing
+OWN = {"teacher": [], "tokenizer": ["--codebook-size", "32", "--decay", "0.8", "--revive", "0.3"],
+       "pretrain": ["--drop-path", "0.1"], "finetune": ["--label-fraction", "1", "--mixup", "0.8", "--drop-path", "0.1"]}
 
 
 def end_workers():

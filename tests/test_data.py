@@ -1,0 +1,287 @@
+"""Data sets, the stream of samples, and what is said of bad input."""
+import hashlib
+import pickle
+import urllib.error
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import data
+import runtime
+from conftest import end_workers
+from pretrain import AugmentAndMask
+
+CROP = data.pretrain_transform(16)
+
+
+def as_array(sample):
+    return np.asarray(sample[0])
+
+
+# ------------------------------------------------------------------------------------------------
+# The embedded data set
+
+@pytest.mark.parametrize("size", [32, 96])                 # 96: too large to be kept
+def test_synthetic_is_deterministic_by_seed_split_and_index(size):
+    first, again = data.Synthetic("train", 20, size), data.Synthetic("train", 5, size)
+    again[4]                                               # in another order, of another number
+    assert all(np.array_equal(as_array(first[i]), as_array(again[i])) for i in range(5))
+    assert np.array_equal(as_array(first[3]), as_array(first[3]))
+    for other in (data.Synthetic("val", 20, size), data.Synthetic("train", 20, size, seed=1)):
+        assert not np.array_equal(as_array(first[3]), as_array(other[3]))
+    assert not np.array_equal(as_array(first[3]), as_array(first[13]))      # the same class
+
+
+def test_synthetic_has_ten_classes_alike_in_number():
+    for split in ("train", "val"):
+        dataset = data.load_dataset("synthetic:200", split, 32)
+        assert len(dataset.classes) == 10 and len(set(dataset.classes)) == 10
+        assert [dataset[i][1] for i in range(12)] == dataset.targets[:12]
+        assert np.ptp(np.bincount(dataset.targets, minlength=10)) == 0
+
+
+def test_synthetic_number_and_size():
+    assert len(data.load_dataset("synthetic:300", "train", 32)) == 300
+    assert len(data.load_dataset("synthetic", "train", 32)) == 10_000
+    assert len(data.load_dataset("synthetic:2000", "val", 32)) == 400
+    for size in (16, 50, 224):
+        image, _ = data.load_dataset("synthetic:1", "train", size)[0]
+        assert image.size == (size, size) and image.mode == "RGB"
+
+
+def test_label_subset_is_balanced():
+    targets = [0] * 100 + [1] * 50 + [2] * 3
+    subset = data.label_subset(targets, 0.1, seed=0)
+    assert np.bincount(np.asarray(targets)[subset]).tolist() == [10, 5, 1]  # one at least
+    assert subset == sorted(set(subset)) == data.label_subset(targets, 0.1, seed=0)
+    assert subset != data.label_subset(targets, 0.1, seed=1)
+    assert data.label_subset(targets, 1.0, seed=0) == list(range(153))
+
+
+# ------------------------------------------------------------------------------------------------
+# Pixels
+
+def test_pixels_are_in_minus_one_to_one():
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    pixels = data.to_pixels(Image.fromarray(ramp))
+    assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32
+    assert torch.allclose(pixels[0].flatten(), torch.linspace(-1, 1, 256), atol=1e-6)
+    for transform in (CROP, data.tokenizer_transform(16), *data.teacher_transform(16), data.eval_transform(16),
+                      data.finetune_transform(16, erasing=0.0)):
+        image = transform(data.Synthetic(number=1)[0][0])
+        assert image.shape == (3, 16, 16) and image.dtype == torch.float32
+        assert -1 <= image.min() < image.max() <= 1
+
+
+def test_evaluation_sees_the_centre():
+    image = Image.new("RGB", (64, 32))
+    image.paste((255, 255, 255), (16, 0, 48, 32))          # the central square
+    assert (data.eval_transform(32, crop=1.0)(image) == 1).all()
+    assert data.eval_transform(32)(Image.new("RGB", (40, 90))).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_images_of_any_mode_become_rgb(mode):
+    dataset = [(Image.new(mode, (16, 16)), 0)]
+    image, _ = data.Samples(dataset, data.to_pixels, 0)[0, 0]
+    assert image.shape == (3, 16, 16)
+
+
+# ------------------------------------------------------------------------------------------------
+# The stream of samples
+
+def arguments(**changes):
+    return Namespace(**{**dict(batch_size=8, seed=0, workers=0), **changes})
+
+
+def stream(start=0, stop=7, micro_batch=8, **changes):
+    """The micro-batches of a run over 20 images (2 steps an epoch): list of (image, mask), labels."""
+    transform = AugmentAndMask(CROP, 4, 6, 4)              # both of torch's and Python's randomness
+    dataset = data.Synthetic(number=20, image_size=16)
+    return list(data.train_loader(dataset, transform, arguments(**changes), micro_batch, start, stop))
+
+
+def equal(one, other):
+    assert len(one) == len(other) > 0
+    for ((image, mask), labels), ((image2, mask2), labels2) in zip(one, other):
+        if not (torch.equal(image, image2) and torch.equal(mask, mask2) and torch.equal(labels, labels2)):
+            return False
+    return True
+
+
+def test_samples_do_not_depend_on_the_workers():
+    assert equal(stream(workers=0), stream(workers=2))
+    assert not equal(stream(), stream(seed=1))
+
+
+def test_samples_do_not_depend_on_the_process_own_randomness():
+    torch.manual_seed(1)
+    one = stream()
+    torch.manual_seed(2)
+    assert equal(one, stream())
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 6])
+def test_a_resumed_stream_is_the_tail_of_the_full_one(start):
+    assert equal(stream()[start:], stream(start=start))
+
+
+def test_every_epoch_is_another_permutation():
+    batches = data.GlobalBatches(range(100, 120), 10, 10, 0, 4, 0)
+    steps = list(batches)
+    assert len(steps) == len(batches) == 4
+    assert [epoch for step in steps for epoch, _ in step] == [0] * 20 + [1] * 20
+    orders = [[index for step in steps[i:i + 2] for _, index in step] for i in (0, 2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(100, 120)) and orders[0] != orders[1]
+
+
+def test_augmentation_changes_with_the_epoch():
+    samples = data.Samples(data.Synthetic(number=1, image_size=16), CROP, 0)
+    assert torch.equal(samples[0, 0][0], samples[0, 0][0])
+    assert not torch.equal(samples[0, 0][0], samples[1, 0][0])
+
+
+@pytest.mark.parametrize("world, accumulate", [(1, 2), (2, 1), (2, 2), (4, 1)])
+def test_global_batches_do_not_depend_on_ranks_and_accumulation(world, accumulate, monkeypatch):
+    whole = list(data.GlobalBatches(range(20), 8, 8, 0, 5, 0))
+    monkeypatch.setattr(data, "world_size", lambda: world)
+    ranks = []
+    for rank in range(world):
+        monkeypatch.setattr(data, "rank", lambda: rank)
+        batches = data.GlobalBatches(range(20), 8, 8 // world // accumulate, 0, 5, 0)
+        ranks.append(list(batches))
+        assert len(ranks[-1]) == len(batches) == 5 * accumulate
+    for step, batch in enumerate(whole):                   # micro-batch by micro-batch, in each rank by rank
+        parts = [ranks[r][step * accumulate + i] for i in range(accumulate) for r in range(world)]
+        assert sum(parts, []) == batch
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_sees_every_image_once(world, monkeypatch):
+    dataset = data.Synthetic("val", 23, 16)
+    monkeypatch.setattr(data, "world_size", lambda: world)
+    for indices in (None, [2, 3, 5, 7, 11]):
+        seen = []
+        for rank in range(world):
+            monkeypatch.setattr(data, "rank", lambda: rank)
+            loader = data.eval_loader(dataset, lambda image: torch.tensor(np.asarray(image)), 4, 0, indices)
+            seen += [tuple(image.flatten()[:50].tolist()) for images, _ in loader for image in images]
+        expected = [tuple(as_array(dataset[i]).flatten()[:50].tolist()) for i in indices or range(23)]
+        assert sorted(seen) == sorted(expected)
+
+
+def test_iterating_does_not_touch_the_global_random_state():
+    """Else an added evaluation would change the training."""
+    before = torch.get_rng_state()
+    iter(data.eval_loader(data.Synthetic("val", 4, 16), data.to_pixels, 2, 0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ------------------------------------------------------------------------------------------------
+# Folders
+
+def make_folder(root, classes=("ant", "bee"), images=2, splits=("train", "val")):
+    for split in splits:
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(images):
+                noise = np.random.default_rng([label, i]).integers(0, 255, (20, 24, 3), np.uint8)
+                Image.fromarray(noise).save(root / split / name / f"{i}.jpg")
+    return root
+
+
+def test_image_folder(folder):
+    dataset = data.load_dataset(str(make_folder(folder / "set")), "train", 16)
+    assert dataset.classes == ["ant", "bee"] and dataset.targets == [0, 0, 1, 1]
+    images, labels = next(iter(data.eval_loader(dataset, data.eval_transform(16), 4, 0)))
+    assert images.shape == (4, 3, 16, 16) and labels.tolist() == [0, 0, 1, 1]
+
+
+def refused(*arguments):
+    with pytest.raises(runtime.InputError) as error:
+        data.load_dataset(*arguments, 16)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_wrong_folders_are_refused_by_name(folder):
+    assert "nowhere: no such folder" in refused("nowhere", "train")
+    (folder / "flat" / "ant").mkdir(parents=True)           # not in train/
+    assert "flat: it has no train/ folder" in refused("flat", "train")
+    make_folder(folder / "half", splits=["train"])
+    data.load_dataset("half", "train", 16)
+    assert "half: it has no val/ folder" in refused("half", "val")
+    make_folder(folder / "two", splits=["train"])
+    make_folder(folder / "two", ("ant", "cow"), splits=["val"])
+    assert "two" in (message := refused("two", "val")) and "different classes" in message
+    (folder / "bare" / "train").mkdir(parents=True)
+    assert "bare/train" in refused("bare", "train")
+    (folder / "bare" / "train" / "ant").mkdir()
+    assert "bare/train" in refused("bare", "train") and "ant" in refused("bare", "train")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named(folder, damage, workers):
+    path = make_folder(folder / "set", images=1) / "train" / "bee" / "0.jpg"
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[:len(whole) // 2], "text": b"not an image", "empty": b""}[damage])
+    dataset = data.load_dataset("set", "train", 16)
+    with pytest.raises(runtime.InputError) as error:
+        list(data.eval_loader(dataset, data.eval_transform(16), 2, workers))
+    end_workers()
+    assert str(Path("set/train/bee/0.jpg")) in str(error.value)
+    assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------
+# CIFAR through torchvision
+
+def make_cifar(kind, root, monkeypatch):
+    """A tiny archive in the layout of the original: pickles of rows of 3072 bytes, channel by channel."""
+    folder = root / kind.base_folder
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    names = [f"class {i}" for i in range(10)]
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return name, hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    def batch(name, images):
+        rows = rng.integers(0, 256, (images, 3072), np.uint8)
+        return rows, write(name, {"data": rows, "labels" if kind is torchvision.datasets.CIFAR10 else "fine_labels":
+                                  [i % 10 for i in range(images)]})
+
+    train, names_in = zip(*(batch(f"train_{i}", 10) for i in range(2)))
+    val, val_in = batch("test", 10)
+    meta, md5 = write("names", {"label_names": names})
+    monkeypatch.setattr(kind, "train_list", [list(entry) for entry in names_in])
+    monkeypatch.setattr(kind, "test_list", [list(val_in)])
+    monkeypatch.setattr(kind, "meta", dict(filename=meta, key="label_names", md5=md5))
+    return np.concatenate(train), val
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar(name, folder, monkeypatch):
+    rows, val = make_cifar(getattr(torchvision.datasets, name.upper()), folder / "data", monkeypatch)
+    dataset = data.load_dataset(name, "train", 32)
+    assert len(dataset) == 20 and len(dataset.classes) == 10 and dataset.targets[11] == dataset[11][1] == 1
+    pixels, _ = data.Samples(dataset, data.to_pixels, 0)[0, 11]
+    assert torch.allclose(pixels, torch.tensor(rows[11].reshape(3, 32, 32)) / 127.5 - 1, atol=1e-6)
+    assert np.array_equal(as_array(data.load_dataset(name, "val", 32)[3]), val[3].reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("error", [urllib.error.URLError("no route"), RuntimeError("File not found or corrupted.")])
+def test_cifar_that_is_not_there_is_refused(monkeypatch, error):
+    def fail(*arguments, **keywords):
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", fail)
+    message = refused("cifar10", "train")
+    assert "cifar10" in message and str(error) in message and "data/" in message

@@ -1,0 +1,92 @@
+"""Two ranks against one process with the same global batch."""
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import runtime
+import ranks
+from conftest import COMMON, ROOT, run
+
+
+def torchrun(*command):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen([*launch, *map(str, command)], start_new_session=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    try:
+        output = process.communicate(timeout=150)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What one process computes, and what each of two ranks does."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun(ROOT / "tests" / "ranks.py", folder)
+    return ranks.checks(), *(torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
+
+
+def test_codebook_is_that_of_one_process(results):
+    one, *both = (result["quantizer"] for result in results)
+    assert all(one[f"revived {step}"].any() for step in (1, 2))     # else nothing is shown
+    for key, value in one.items():
+        assert torch.equal(both[0][key], both[1][key]), key         # alike on both ranks, to the bit
+        assert torch.allclose(both[0][key].double(), value.double(), rtol=1e-12, atol=1e-12), key
+
+
+def test_batch_norm_is_over_the_global_batch(results):
+    one, *both = (result["batch_norm"] for result in results)
+    norm = torch.nn.BatchNorm1d(5).double()
+    torch.nn.init.normal_(norm.weight, generator=ranks.seeded(0))
+    x = (torch.randn(12, 5, generator=ranks.seeded(1)).double() * 3 + 2).requires_grad_()
+    y = norm(x)
+    (y * torch.randn(12, 5, generator=ranks.seeded(2)).double()).sum().backward()
+    for share, gradient, result in ((y, x.grad, one),
+                                    *((y.chunk(2)[rank], x.grad.chunk(2)[rank], both[rank]) for rank in range(2))):
+        assert torch.allclose(result["share"], share, rtol=1e-10)
+        assert torch.allclose(result["gradient"], gradient, rtol=1e-8, atol=1e-12)
+        assert torch.allclose(result["weight"], norm.weight.grad, rtol=1e-10)
+        assert torch.allclose(result["bias"], norm.bias.grad, rtol=1e-10)
+
+
+def test_contrastive_loss_and_gradients(results):
+    one, *both = (result["moco"] for result in results)
+    assert sum(bool(gradient.abs().max() > 1e-3) for gradient in one.values()) > 30
+    for key, value in one.items():                                  # the loss is taken in fp32
+        for result in both:
+            error = (result[key] - value).abs().max()
+            assert error < 1e-5 * value.abs().max() + 1e-12, key    # the biases before a batch norm have no gradient
+
+
+def test_evaluation_counts_every_image_once(results):
+    one, *both = (result["evaluation"] for result in results)
+    assert one["row"][2] == 23 and 0 < one["row"][0] < one["row"][1]
+    assert all(torch.equal(result["row"], one["row"]) for result in both)
+    assert torch.allclose(both[0]["features"], one["features"], atol=1e-5)
+    assert torch.equal(both[0]["labels"], one["labels"]) and len(one["labels"]) == 23
+
+
+def test_trouble_on_one_rank_stops_all(results):
+    first, second = (result["trouble"] for result in results[1:])
+    assert first == second
+    assert tuple(first[0]) == (dict(loss=1.5, grad_norm=1.0), 15)   # the means, the signal
+    for message, what in zip(first[1:], ("loss", "grad_norm") * 2):
+        assert message.startswith(f"{what} not finite at step 3 on rank 1;")
+
+
+def test_pretraining_on_two_ranks(chain):
+    flags = [*chain.inputs["pretrain"], "--steps", "3", "--drop-path", "0"]
+    run("pretrain", *flags, "--output", "one")
+    torchrun(ROOT / "pretrain.py", *COMMON, *flags, "--output", "two")
+    one, two = (runtime.load_checkpoint(folder, ["pretrain"]) for folder in ("one", "two"))
+    assert one["step"] == two["step"] == 3 and list(one["model"]) == list(two["model"])
+    for key, value in one["model"].items():
+        assert torch.allclose(two["model"][key], value, atol=1e-4), key
+    assert [path.name for path in sorted(Path("two").iterdir())] == ["log.jsonl", "step-00000003.pt"]
