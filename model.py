@@ -562,7 +562,7 @@ class PerceptualLoss(nn.Module):
         vit = isinstance(network, VisionTransformer)
         kind = "resnet50" if hasattr(network, "layer4") else "vgg16"
         number = len(network.blocks) if vit else len(CONVNET_LAYERS[kind])
-        layers = list(layers or ([number * i // 4 for i in (1, 2, 3, 4)] if vit else range(1, number + 1)))
+        layers = list(layers or ([max(1, number * i // 4) for i in (1, 2, 3, 4)] if vit else range(1, number + 1)))
         if not all(1 <= layer <= number for layer in layers):
             raise InputError(f"perceptual layers {layers}: this network has layers 1 to {number}")
         self.layers, self.image_size = layers, network.image_size if vit else None

@@ -142,7 +142,7 @@ def derive_seed(*numbers):
 def cosine(step, total, warmup, peak):
     """Linear warm-up over `warmup` steps to `peak`, then half a cosine down to 0."""
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * min(1.0, (step + 1) / warmup)        # warmup may be fractional
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
@@ -256,7 +256,7 @@ def load_checkpoint(path, stages=None):
             if ours and state["digest"] != digest({k: v for k, v in state.items() if k != "digest"}):
                 raise ValueError("its digest differs")
         except Exception as error:                         # torch.load raises all kinds on a damaged or hostile file
-            print(f"{file}: not loaded: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"{file}: not loaded: {(str(error) or type(error).__name__).splitlines()[0]}", file=sys.stderr)
             continue
         if stages and (not ours or state["stage"] not in stages):
             raise InputError(f"{file}: found {'a checkpoint of ' + state['stage'] if ours else 'another file'}, {wanted}")

@@ -94,6 +94,43 @@ def test_the_chain_runs(stage, chain):
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000004.pt", "step-00000006.pt"]
 
 
+def test_contrastive_loss_against_a_plain_loop():
+    """MoCo v3, algorithm 1: 2τ · cross-entropy of each query over all keys, its own at the same place."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    encoder = model.VisionTransformer(8, 4, dim=16, depth=1, heads=2, positions="absolute", layer_scale=0.0)
+    loss, hits = teacher.MoCo(encoder, 8, 4, temperature=0.2).ctr(q, k)
+    expected, right = 0.0, 0
+    for i in range(6):
+        similarity = [(torch.dot(q[i], key) / q[i].norm() / key.norm()).item() / 0.2 for key in k]
+        expected += (math.log(sum(math.exp(s) for s in similarity)) - similarity[i]) / 6
+        right += similarity.index(max(similarity)) == i
+    assert loss.item() == pytest.approx(2 * 0.2 * expected, rel=1e-5) and hits.item() == pytest.approx(right / 6)
+
+
+def test_keys_are_momentum_copies(chain):
+    encoder = model.VisionTransformer(8, 4, dim=16, depth=1, heads=2, positions="absolute", layer_scale=0.0)
+    moco = teacher.MoCo(encoder, 8, 4, 0.2)
+    with torch.no_grad():
+        moco.encoder.cls_token += 1
+        moco.projector[0].weight += 1
+    f_k, f_q = moco.momentum_encoder.cls_token.clone(), moco.encoder.cls_token.clone()
+    p_k, p_q = moco.momentum_projector[0].weight.clone(), moco.projector[0].weight.clone()
+    moco.update_momentum(0.9)
+    assert torch.allclose(moco.momentum_encoder.cls_token, 0.9 * f_k + 0.1 * f_q, atol=1e-6)
+    assert torch.allclose(moco.momentum_projector[0].weight, 0.9 * p_k + 0.1 * p_q, atol=1e-6)
+    assert torch.equal(moco.encoder.cls_token, f_q)
+    # in training they follow, slowly, and the patch projection stays as drawn
+    early = torch.load(chain.teacher / "step-00000004.pt", weights_only=True)
+    late = newest(chain.teacher)
+    fc1 = "blocks.0.mlp.fc1.weight"
+    moved = [(late[name][fc1] - early[name][fc1]).abs().max() for name in ("model", "momentum_encoder")]
+    assert 0 < moved[1] < moved[0]
+    for name in ("model", "momentum_encoder"):
+        key = "patch_embed.proj.weight"
+        assert torch.equal(late[name][key], early["model"][key])
+
+
 def test_the_tokenizer_is_evaluated_and_pictured(chain):
     rows = log(chain.tokenizer, "val")
     assert [row["step"] for row in rows] == [4, 6]
@@ -413,7 +450,8 @@ def fails(capsys, stage, *flags, before=0):
     message = capsys.readouterr().err
     assert stop.value.code == 2
     *others, message = message.splitlines()
-    assert message.startswith(f"{stage}.py: ") and len(others) == before and all(": not loaded: " in line for line in others)
+    assert message.startswith(f"{stage}.py: ")
+    assert len(others) == before and all(": not loaded: " in line for line in others)
     return message
 
 
