@@ -30,7 +30,7 @@ RECIPES = {
         batch_size=512, epochs=200, lr=6e-4, warmup_epochs=10, weight_decay=0.1, momentum=0.99,
         temperature=0.2, hidden=1024, features=128),
     "demo": dict(                  # our choice
-        data="synthetic", model="nano", image_size=32, patch_size=8, crop_min=0.3,
+        data="synthetic:8000", model="nano", image_size=32, patch_size=8, crop_min=0.3,
         batch_size=128, epochs=2, lr=1.5e-3, warmup_epochs=0, weight_decay=0.1, momentum=0.99,
         temperature=0.2, hidden=256, features=64),
 }

@@ -31,7 +31,7 @@ RECIPES = {
         channels=[64, 128, 128], codebook_size=2048, code_dim=64, decay=0.99, revive=0.01, commitment_weight=0.25,
         perceptual="runs/RECIPE/teacher", perceptual_weight=1.0, crop_min=0.4, eval_crop=1.0),
     "demo": dict(                                                   # our choice
-        data="synthetic", image_size=32, batch_size=128, epochs=1, lr=1e-3, betas=[0.5, 0.95], warmup_steps=10,
+        data="synthetic:8000", image_size=32, batch_size=128, epochs=1, lr=1e-3, betas=[0.5, 0.95], warmup_steps=10,
         channels=[16, 32, 32, 64], codebook_size=256, code_dim=32, decay=0.95, revive=0.03, commitment_weight=0.25,
         perceptual="runs/RECIPE/teacher", perceptual_weight=1.0, crop_min=0.4, eval_crop=1.0),
 }
