@@ -67,8 +67,9 @@ def load_tokenizer(args, grid):
     tokenizer.load_state_dict(state["model"])
     # resized to its own grid it may see a patch at half to twice the size (BEiT's saw it at half): our choice
     if not 0.5 <= tokenizer.stride / args.patch_size <= 2:
-        raise runtime.InputError(f"--tokenizer {args.tokenizer}: its codes of {tokenizer.stride} px do not fit the ViT's {grid}×{grid} "
-                                 f"patches of {args.patch_size} px: train one of about that stride, or change --patch-size")
+        raise runtime.InputError(f"--tokenizer {args.tokenizer}: its codes of {tokenizer.stride} px do not fit the ViT's "
+                                 f"{grid}×{grid} patches of {args.patch_size} px: train one of about that stride, or change "
+                                 "--patch-size")
     return tokenizer.eval().requires_grad_(False), state["digest"]
 
 

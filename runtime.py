@@ -37,7 +37,7 @@ def launch(main, args):
     except InputError as error:
         print(f"{args.stage}.py: {error}", file=sys.stderr)
         sys.exit(2)
-    finally:                                               # a loader's workers ignore SIGTERM: without this, an error would wait for them
+    finally:                                               # a loader's workers ignore SIGTERM: an error would wait for them
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
@@ -286,8 +286,9 @@ def resume(args, modules, optimizer):
             raise InputError(f"--output {folder} holds a run with other arguments ("
                              + ", ".join(f"{k}: {then.get(k)}, now {now.get(k)}" for k in changed)
                              + "): choose another --output, or --resume force")
-        names = [[group["param_names"] for group in groups["param_groups"]] for groups in (state["optimizer"], optimizer.state_dict())]
-        if names[0] != names[1] or not modules.keys() <= state.keys():  # the optimizer's state loads by position
+        names, own_names = ([group["param_names"] for group in saved["param_groups"]]
+                            for saved in (state["optimizer"], optimizer.state_dict()))
+        if names != own_names or not modules.keys() <= state.keys():  # the optimizer's state loads by position
             raise InputError(f"--output {folder} holds a run of another architecture: choose another --output")
         for name, module in modules.items():
             module.load_state_dict(state[name])

@@ -40,7 +40,8 @@ MOCO_V3_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pt
 
 def get_args(argv=None):
     p = runtime.parser(__doc__, "tokenizer")
-    p.add_argument("--channels", type=int, nargs="+", help="of each resolution, the image's first; the codes' stride is 2^(number − 1)")
+    p.add_argument("--channels", type=int, nargs="+",
+                   help="of each resolution, the image's first; the codes' stride is 2^(number − 1)")
     p.add_argument("--codebook-size", type=int, help="K")
     p.add_argument("--code-dim", type=int, help="D")
     p.add_argument("--decay", type=float, help="γ of the codebook's moving averages, per step")

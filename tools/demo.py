@@ -46,7 +46,8 @@ def main():
           f"{recipe['label_fraction']:.0%} of the labels, {len(SEEDS)} seeds:\n")
     print("| | mean % | standard deviation | each seed |\n| --- | --- | --- | --- |")
     for arm, values in accuracy.items():
-        print(f"| {arm} | {statistics.mean(values):.1f} | {statistics.stdev(values):.1f} | {', '.join(f'{v:.1f}' for v in values)} |")
+        each = ", ".join(f"{value:.1f}" for value in values)
+        print(f"| {arm} | {statistics.mean(values):.1f} | {statistics.stdev(values):.1f} | {each} |")
     print("\n| stage | seconds |\n| --- | --- |")
     for stage, value in (seconds | {"all": sum(seconds.values())}).items():
         print(f"| {stage} | {value:.0f} |")
