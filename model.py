@@ -185,17 +185,22 @@ class VisionTransformer(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """BEiT's: normal of 0.02 truncated there, residual branches scaled down with depth, head × 0.001."""
-        for module in self.modules():
+        """BEiT's: normal of 0.02 truncated there, residual branches scaled down with depth, head × 0.001.
+        With fixed positions MoCo v3's for the weights: Xavier's, of queries, keys and values each by itself."""
+        for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+                if self.absolute:
+                    for weight in module.weight.detach().flatten(1).chunk(3 if name.endswith("qkv") else 1):
+                        nn.init.xavier_uniform_(weight)
+                else:
+                    nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for token in (self.cls_token, self.mask_token):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
         with torch.no_grad():
-            for i, block in enumerate(self.blocks, 1):
+            for i, block in enumerate([] if self.absolute else self.blocks, 1):
                 block.attn.proj.weight /= math.sqrt(2 * i)
                 block.mlp.fc2.weight /= math.sqrt(2 * i)
             if self.head is not None:
