@@ -32,7 +32,7 @@ RECIPES = {
         perceptual="runs/RECIPE/teacher", perceptual_weight=1.0, crop_min=0.4, eval_crop=1.0),
     "demo": dict(                                                   # our choice
         data="synthetic:8000", image_size=32, batch_size=128, epochs=1, lr=1e-3, betas=[0.5, 0.95], warmup_steps=10,
-        channels=[16, 32, 32, 64], codebook_size=256, code_dim=32, decay=0.95, revive=0.03, commitment_weight=0.25,
+        channels=[16, 32, 32, 64], codebook_size=256, code_dim=32, decay=0.9, revive=0.05, commitment_weight=0.25,
         perceptual="runs/RECIPE/teacher", perceptual_weight=1.0, crop_min=0.4, eval_crop=1.0),
 }
 MOCO_V3_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
