@@ -81,7 +81,7 @@ class Synthetic(Dataset):
         return Image.fromarray(self.drawn[index]), self.targets[index]
 
     def draw(self, index):
-        rng = np.random.default_rng([self.seed, self.split == "train", index])
+        rng = np.random.default_rng([self.seed, {"train": 1, "val": 2}[self.split], index])
         n = 2 * self.size                                  # drawn at twice the size, then averaged
         y, x = np.mgrid[0:n, 0:n].astype(np.float32) / (n / 2) - 1  # [-1, 1) across the image
         image = self.texture(rng, x, y, 0.0, 0.6)

@@ -28,10 +28,10 @@ RECIPES = {
         betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.75, warmup_epochs=5, drop_path=0.1, layer_scale=0.1,
         crop_min=0.4, eval_crop=1.0, randaugment=14, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1),
     "demo": dict(                           # our choice: few labels
-        data="synthetic:8000", model="nano", image_size=32, patch_size=8, pool="mean", batch_size=50, epochs=30, lr=1e-3,
+        data="synthetic:8000", model="nano", image_size=32, patch_size=8, pool="mean", batch_size=50, epochs=40, lr=2e-3,
         betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.75, warmup_epochs=4, drop_path=0.0, layer_scale=0.1,
         crop_min=0.5, eval_crop=1.0, randaugment=0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.1,
-        label_fraction=0.04, save_every=30),
+        label_fraction=0.04, save_every=40),
 }
 
 
