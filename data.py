@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
+import augment
 from runtime import InputError, derive_seed, rank, world_size
 
 
@@ -180,42 +181,64 @@ def to_pixels(image):
     return T.functional.pil_to_tensor(image).float() / 127.5 - 1
 
 
-def pretrain_transform(size, crop_min=0.08, jitter=0.4):
-    """BEiT's: random resized crop, flip, colour jitter."""
-    return T.Compose([T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC), T.RandomHorizontalFlip(),
-                      T.ColorJitter(jitter, jitter, jitter), to_pixels])
+class Each(T.Compose):
+    """--augment image: each image by itself in a loader's worker. augment.Batch is the other form."""
+
+    @staticmethod
+    def finish(batch):
+        return batch
 
 
-def tokenizer_transform(size, crop_min=0.08):
+def pretrain_transform(size, crop_min=0.08, jitter=0.4, form="image"):
+    """BEiT's: random resized crop, flip, colour jitter. form: "image" or "batch", as --augment."""
+    if form == "batch":
+        return augment.Batch(size, [augment.crop_and_flip(crop_min), augment.color_jitter(jitter, jitter, jitter)])
+    return Each([T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC), T.RandomHorizontalFlip(),
+                 T.ColorJitter(jitter, jitter, jitter), to_pixels])
+
+
+def tokenizer_transform(size, crop_min=0.08, form="image"):
     """Random resized crop and flip; our choice, the paper is silent."""
-    return T.Compose([T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC), T.RandomHorizontalFlip(), to_pixels])
+    if form == "batch":
+        return augment.Batch(size, [augment.crop_and_flip(crop_min)])
+    return Each([T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC), T.RandomHorizontalFlip(), to_pixels])
 
 
-def teacher_transform(size, crop_min=0.08):
+def teacher_transform(size, crop_min=0.08, form="image"):
     """MoCo v3's two views, which are BYOL's (appendix B) with a crop of at least 8 %. Returns two transforms.
     The blur's kernel is a tenth of the image, as there; below 64 px there is no blur (our choice)."""
     def view(blur, solarize):
+        if form == "batch":
+            return augment.Batch(size, [
+                augment.crop_and_flip(crop_min), augment.color_jitter(0.4, 0.4, 0.2, 0.1, p=0.8), augment.random_grey(0.2),
+                augment.solarize(solarize)])
         kernel = max(3, int(0.1 * size) // 2 * 2 + 1)
-        return T.Compose([
+        return Each([
             T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC),
             T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
             T.RandomGrayscale(0.2),
             *([T.RandomApply([T.GaussianBlur(kernel, (0.1, 2.0))], p=blur)] if size >= 64 else []),
             T.RandomSolarize(128, p=solarize),
             T.RandomHorizontalFlip(), to_pixels])
+    if form == "batch" and size >= 64:
+        raise InputError("--augment batch has no blur, which the teacher's views need from 64 px on: --augment image")
     return view(1.0, 0.0), view(0.1, 0.2)
 
 
-def finetune_transform(size, crop_min=0.08, magnitude=27, erasing=0.25):
+def finetune_transform(size, crop_min=0.08, magnitude=27, erasing=0.25, form="image"):
     """BEiT's: random resized crop, flip, RandAugment, random erasing by noise.
 
     Its RandAugment is timm's at magnitude 9 of 10, here torchvision's at 27 of 30; timm's magnitude
     noise of 0.5 is left out.
     """
+    if form == "batch":
+        return augment.Batch(size, [augment.crop_and_flip(crop_min),
+                                        *([augment.rand_augment(magnitude)] if magnitude else []),
+                                        *([augment.erase(erasing)] if erasing else [])])
     grey = [128] * 3
-    return T.Compose([T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC), T.RandomHorizontalFlip(),
-                      *([T.RandAugment(2, magnitude, interpolation=BICUBIC, fill=grey)] if magnitude else []),
-                      to_pixels, *([T.RandomErasing(erasing, value="random")] if erasing else [])])
+    return Each([T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC), T.RandomHorizontalFlip(),
+                 *([T.RandAugment(2, magnitude, interpolation=BICUBIC, fill=grey)] if magnitude else []),
+                 to_pixels, *([T.RandomErasing(erasing, value="random")] if erasing else [])])
 
 
 def eval_transform(size, crop=0.875):
@@ -226,20 +249,32 @@ def eval_transform(size, crop=0.875):
 # ------------------------------------------------------------------------------------------------
 # Loaders
 
-class Samples(Dataset):
-    """A data set under a transform, indexed by (epoch, index) → (transformed image, label)."""
+def name_of(dataset, index):
+    return dataset.samples[index][0] if hasattr(dataset, "samples") else f"image {index}"
 
-    def __init__(self, dataset, transform, seed):
+
+def read(dataset, index):
+    """(RGB image, label) of a data set, or an InputError that names the file."""
+    try:
+        image, label = dataset[index]
+        return image.convert("RGB"), label
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{name_of(dataset, index)}: not a readable image ({error}); restore or remove it") from error
+
+
+class Samples(Dataset):
+    """A data set under a transform, indexed by (epoch, index) → (transformed image, label).
+
+    in_memory: indices that are decoded here, once, and held (the workers share the memory).
+    """
+
+    def __init__(self, dataset, transform, seed, in_memory=()):
         self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.held = {index: read(dataset, index) for index in in_memory}
 
     def __getitem__(self, key):
         epoch, index = key
-        try:
-            image, label = self.dataset[index]
-            image = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            path = self.dataset.samples[index][0] if hasattr(self.dataset, "samples") else f"image {index}"
-            raise InputError(f"{path}: not a readable image ({error}); restore or remove it") from error
+        image, label = self.held.get(index) or read(self.dataset, index)
         seed = derive_seed(self.seed, epoch, index)
         random.seed(seed)                                  # block masks
         torch.default_generator.manual_seed(seed)          # torchvision's transforms; manual_seed would touch CUDA too
@@ -284,11 +319,20 @@ def make_loader(samples, batches, workers):
                       pin_memory=torch.cuda.is_available(), generator=torch.Generator())
 
 
-def train_loader(dataset, transform, args, micro_batch, start, stop, indices=None):
-    """One loader for the whole run, from step `start` on: workers live through all epochs."""
+def to_device(batch, device):
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    return [to_device(part, device) for part in batch]
+
+
+def train_loader(dataset, transform, args, micro_batch, start, stop, device, indices=None):
+    """Batches (what the transform makes, labels) on the device, for the whole run, from step `start` on: workers live
+    through all epochs."""
     indices = range(len(dataset)) if indices is None else indices
     batches = GlobalBatches(indices, args.batch_size, micro_batch, start, stop, args.seed)
-    return make_loader(Samples(dataset, transform, args.seed), batches, args.workers)
+    samples = Samples(dataset, transform, args.seed, indices if args.augment == "batch" and start < stop else ())
+    for inputs, labels in make_loader(samples, batches, args.workers):
+        yield transform.finish(to_device(inputs, device)), labels.to(device, non_blocking=True)
 
 
 def eval_loader(dataset, transform, batch_size, workers, indices=None):

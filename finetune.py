@@ -5,6 +5,7 @@
     torchrun --nproc-per-node 8 finetune.py
 """
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,15 +25,20 @@ RECIPES = {
         betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.65, warmup_epochs=20, drop_path=0.1, layer_scale=0.1,
         crop_min=0.08, eval_crop=0.875, randaugment=27, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1),
     "cifar": dict(                          # our choice
-        data="data/cifar10", model="tiny", image_size=32, patch_size=4, pool="mean", batch_size=512, epochs=100, lr=2e-3,
+        data="data/cifar10", augment="batch", model="tiny", image_size=32, patch_size=4, pool="mean", batch_size=512, epochs=100, lr=2e-3,
         betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.75, warmup_epochs=5, drop_path=0.1, layer_scale=0.1,
         crop_min=0.4, eval_crop=1.0, randaugment=14, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1),
+    "cifar-cpu": dict(                      # our choice
+        data="data/cifar10", augment="batch", model="nano", image_size=32, patch_size=8, pool="mean", batch_size=128, epochs=3,
+        lr=3e-3, betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.85, warmup_epochs=0.5, drop_path=0.0, layer_scale=0.1,
+        crop_min=0.5, eval_crop=1.0, randaugment=0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.1, save_every=100),
     "demo": dict(                           # our choice: few labels
         data="synthetic:8000", model="nano", image_size=32, patch_size=8, pool="mean", batch_size=50, epochs=40, lr=2e-3,
         betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.75, warmup_epochs=4, drop_path=0.0, layer_scale=0.1,
         crop_min=0.5, eval_crop=1.0, randaugment=0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.1,
         label_fraction=0.04, save_every=40),
 }
+HOLDOUT_SEED = 1_000_000                    # one split for every --seed, and not that of their label subsets
 
 
 def get_args(argv=None):
@@ -43,6 +49,8 @@ def get_args(argv=None):
     p.add_argument("--probe", choices=["linear", "knn"], help="only classify the frozen features of --init")
     p.add_argument("--probe-layer", type=int, help="block whose features are probed, from 1; default the last")
     p.add_argument("--label-fraction", type=float, default=1.0, help="share of the training images used, the same of each class")
+    p.add_argument("--holdout", type=float, default=0.0, help="share of the training images that is kept out of training and "
+                   "evaluated in place of val/: to choose arguments by")
     p.add_argument("--model", choices=SIZES, help="where --init does not say")
     p.add_argument("--patch-size", type=int, help="pixels")
     p.add_argument("--pool", choices=["mean", "cls"], help="what is classified: the patches' mean or the class token")
@@ -106,12 +114,12 @@ def val_loader(args, dataset, indices=None):
 
 
 @torch.no_grad()
-def evaluate(args, model, dataset, device):
+def evaluate(args, model, dataset, device, indices=None):
     """Top-1 and top-5 in % over every validation image exactly once, whatever the number of ranks."""
     model.eval()
     sums = torch.zeros(3, device=device, dtype=torch.float64)
     autocast = runtime.autocast(args, device)
-    for images, labels in val_loader(args, dataset):
+    for images, labels in val_loader(args, dataset, indices):
         labels = labels.to(device)
         with autocast:
             logits = model(images.to(device))
@@ -175,19 +183,21 @@ def linear_probe(train, train_labels, val, classes, steps=2000, batch=1024, lr=1
     return layer(val).argmax(1)
 
 
-def probe(args, model, dataset, val, device, indices):
+def probe(args, model, dataset, indices, val, val_indices, device):
     """Top-1 in % of a classifier of frozen features, on rank 0."""
     train, labels = extract(args, model, dataset, device, indices)
-    features, targets = extract(args, model, val, device)
+    features, targets = extract(args, model, val, device, val_indices)
     if runtime.rank():
         return None
     predictions = (knn if args.probe == "knn" else linear_probe)(train, labels, features, len(val.classes))
-    return dict(top1=100 * (predictions == targets).float().mean().item(), images=len(targets))
+    return dict(probe=args.probe, top1=100 * (predictions == targets).float().mean().item(), images=len(targets))
 
 
-def show(row):
+def report(args, row):
+    """An evaluation without training goes to the log of --output all the same."""
     if runtime.rank() == 0:
-        print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+        runtime.log(args, init=args.init, **row)
     return row
 
 
@@ -200,12 +210,15 @@ def main(args):
     model, model_args, args.init_digest = build(args, 0 if args.probe else len(val.classes))
     model.to(device)
     model.checkpoint_activations = args.checkpoint_activations
-    if args.eval:
-        return show(evaluate(args, model, val, device))
     dataset = data.load_dataset(args.data, "train", args.image_size)
-    indices = data.label_subset(dataset.targets, args.label_fraction, args.seed)
+    indices, val_indices = data.label_subset(dataset.targets, args.label_fraction, args.seed), None
+    if args.holdout:
+        val, val_indices = dataset, data.label_subset(dataset.targets, args.holdout, HOLDOUT_SEED)
+        indices = sorted(set(indices).difference(val_indices))
+    if args.eval:
+        return report(args, evaluate(args, model, val, device, val_indices))
     if args.probe:
-        return show(probe(args, model.eval(), dataset, val, device, indices))
+        return report(args, probe(args, model.eval(), dataset, indices, val, val_indices, device))
 
     epoch_steps, steps = runtime.total_steps(args, len(indices))
     groups = param_groups(model, args.weight_decay, args.layer_decay)
@@ -215,8 +228,8 @@ def main(args):
         modules["ema"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
     start, best = runtime.resume(args, modules, optimizer)
 
-    transform = data.finetune_transform(args.image_size, args.crop_min, args.randaugment, args.erasing)
-    batches = iter(data.train_loader(dataset, transform, args, micro_batch, start, steps, indices))
+    transform = data.finetune_transform(args.image_size, args.crop_min, args.randaugment, args.erasing, args.augment)
+    batches = data.train_loader(dataset, transform, args, micro_batch, start, steps, device, indices)
     mixes = [kind(alpha=alpha, num_classes=len(val.classes))
              for kind, alpha in ((T.MixUp, args.mixup), (T.CutMix, args.cutmix)) if alpha]
     mix = T.RandomChoice(mixes) if mixes else None                  # either, at even odds
@@ -225,8 +238,8 @@ def main(args):
     network, autocast, caught = runtime.distribute(model, device), runtime.autocast(args, device), runtime.catch_signals()
 
     def validate():
-        row = evaluate(args, modules["ema"].module if args.ema_decay else model, val, device)
-        runtime.log(args, step=done, epoch=done / epoch_steps, split="val", **row)
+        row = evaluate(args, modules["ema"].module if args.ema_decay else model, val, device, val_indices)
+        runtime.log(args, step=done, epoch=done / epoch_steps, split="holdout" if args.holdout else "val", **row)
         return row["top1"]
 
     clock, seen, sums = time.time(), 0, {}
@@ -238,7 +251,6 @@ def main(args):
         torch.manual_seed(runtime.derive_seed(args.seed, step, runtime.rank()))    # mixup, cutmix, drop path
         terms = {}
         for i, (images, labels) in enumerate(micro_batches):
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             if mix:
                 images, labels = mix(images, labels)                                # labels → (B, classes)
             network.require_backward_grad_sync = i == args.accumulate - 1          # DDP: all-reduce at the step's end

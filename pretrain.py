@@ -21,9 +21,13 @@ RECIPES = {
         layer_scale=0.1,                    # 1e-5 for large and huge
         mask_ratio=75 / 196, mask_block=16, crop_min=0.08, jitter=0.4),
     "cifar": dict(                          # our choice
-        data="data/cifar10", model="tiny", image_size=32, patch_size=4, batch_size=512, epochs=400, lr=1.5e-3,
+        data="data/cifar10", augment="batch", model="tiny", image_size=32, patch_size=4, batch_size=512, epochs=400, lr=1.5e-3,
         betas=[0.9, 0.98], weight_decay=0.05, warmup_epochs=10, clip=3.0, drop_path=0.0, layer_scale=0.1,
         mask_ratio=0.4, mask_block=4, crop_min=0.2, jitter=0.4),
+    "cifar-cpu": dict(                      # our choice
+        data="data/cifar10", augment="batch", model="nano", image_size=32, patch_size=8, batch_size=128, epochs=4, lr=2e-3,
+        betas=[0.9, 0.98], weight_decay=0.05, warmup_epochs=0.5, clip=3.0, drop_path=0.0, layer_scale=0.1,
+        mask_ratio=0.4, mask_block=2, crop_min=0.4, jitter=0.0),
     "demo": dict(                           # our choice
         data="synthetic:8000", model="nano", image_size=32, patch_size=8, batch_size=128, epochs=6, lr=2e-3,
         betas=[0.9, 0.98], weight_decay=0.05, warmup_epochs=0.2, clip=3.0, drop_path=0.0, layer_scale=0.1,
@@ -59,6 +63,9 @@ class AugmentAndMask:
     def __call__(self, image):
         return self.transform(image), block_mask(*self.mask)
 
+    def finish(self, batch):
+        return self.transform.finish(batch[0]), batch[1]
+
 
 def load_tokenizer(args, grid):
     """The frozen tokenizer; its codes must describe the ViT's patches, one each."""
@@ -91,9 +98,9 @@ def main(args):
     modules = dict(model=model)
     start, _ = runtime.resume(args, modules, optimizer)
 
-    transform = AugmentAndMask(data.pretrain_transform(args.image_size, args.crop_min, args.jitter),
+    transform = AugmentAndMask(data.pretrain_transform(args.image_size, args.crop_min, args.jitter, args.augment),
                                grid, round(args.mask_ratio * grid * grid), args.mask_block)
-    batches = iter(data.train_loader(dataset, transform, args, micro_batch, start, steps))
+    batches = data.train_loader(dataset, transform, args, micro_batch, start, steps, device)
     if args.compile:
         model.compile()
         tokenizer.encoder.compile()
@@ -107,7 +114,6 @@ def main(args):
         torch.manual_seed(runtime.derive_seed(args.seed, step, runtime.rank()))    # drop path
         terms = {}
         for i, (images, mask) in enumerate(micro_batches):
-            images, mask = images.to(device, non_blocking=True), mask.to(device, non_blocking=True)
             network.require_backward_grad_sync = i == args.accumulate - 1          # DDP: all-reduce at the step's end
             with autocast:
                 with torch.no_grad():

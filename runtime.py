@@ -52,6 +52,8 @@ def parser(doc, stage):
     p.add_argument("--output", default=f"runs/RECIPE/{stage}", help="folder of checkpoints and log")
     p.add_argument("--image-size", type=int, help="pixels")
     p.add_argument("--batch-size", type=int, help="images of a step, over all ranks and accumulation steps")
+    p.add_argument("--augment", choices=["image", "batch"], default="image", help="image: each in a loader's worker; batch: whole "
+                   "batches where the model is, for small data sets of images that come at --image-size")
     p.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step on each rank")
     p.add_argument("--epochs", type=int, help="passes over the training set")
     p.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
@@ -98,6 +100,15 @@ def device():
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def hardware():
+    """What a log's figures were taken on."""
+    if torch.cuda.is_available():
+        return f"{world_size()} × {torch.cuda.get_device_name()}"
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(": ")[2] for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    return f"{os.cpu_count()} CPU cores ({names[0] if names else 'model unknown'})"
 
 
 def autocast(args, device):
@@ -303,7 +314,7 @@ def resume(args, modules, optimizer):
     if len(set(everyone)) > 1:
         raise InputError(f"--output {folder}: ranks found different checkpoints, of steps {sorted(set(everyone))}: "
                          "it must lie on storage that all machines share")
-    log(args, args=vars(args), world_size=world_size(), torch=torch.__version__, step=step)
+    log(args, args=vars(args), world_size=world_size(), hardware=hardware(), torch=torch.__version__, step=step)
     return step, best
 
 

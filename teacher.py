@@ -26,9 +26,13 @@ RECIPES = {
         batch_size=4096, epochs=100, lr=2.4e-3,                     # 1.5e-4 · 4096 / 256
         warmup_epochs=40, weight_decay=0.1, momentum=0.99, temperature=0.2, hidden=4096, features=256),
     "cifar": dict(                 # our choice
-        data="data/cifar10", model="tiny", image_size=32, patch_size=4, crop_min=0.2,
+        data="data/cifar10", augment="batch", model="tiny", image_size=32, patch_size=4, crop_min=0.2,
         batch_size=512, epochs=200, lr=6e-4, warmup_epochs=10, weight_decay=0.1, momentum=0.99,
         temperature=0.2, hidden=1024, features=128),
+    "cifar-cpu": dict(             # our choice
+        data="data/cifar10", augment="batch", model="nano", image_size=32, patch_size=8, crop_min=0.2,
+        batch_size=256, epochs=10, lr=2e-3, warmup_epochs=0.5, weight_decay=0.05, momentum=0.99,
+        temperature=0.2, hidden=256, features=64),
     "demo": dict(                  # our choice
         data="synthetic:8000", model="nano", image_size=32, patch_size=8, crop_min=0.3,
         batch_size=128, epochs=2, lr=1.5e-3, warmup_epochs=0, weight_decay=0.1, momentum=0.99,
@@ -130,6 +134,9 @@ class TwoViews:
     def __call__(self, image):
         return [transform(image) for transform in self.transforms]
 
+    def finish(self, batches):
+        return [transform.finish(batch) for transform, batch in zip(self.transforms, batches)]
+
 
 def main(args):
     device, micro_batch = runtime.device(), runtime.micro_batch(args)
@@ -151,8 +158,8 @@ def main(args):
         dict(params=[(n, p) for n, p in trained if p.ndim == 1], weight_decay=0.0)])
     start, _ = runtime.resume(args, modules, optimizer)
 
-    transform = TwoViews(*data.teacher_transform(args.image_size, args.crop_min))
-    batches = iter(data.train_loader(dataset, transform, args, micro_batch, start, steps))
+    transform = TwoViews(*data.teacher_transform(args.image_size, args.crop_min, args.augment))
+    batches = data.train_loader(dataset, transform, args, micro_batch, start, steps, device)
     if args.compile:
         moco.compile()
     network, autocast, caught = runtime.distribute(moco, device), runtime.autocast(args, device), runtime.catch_signals()
@@ -165,7 +172,6 @@ def main(args):
         terms = {}
         for i in range(args.accumulate):
             (x1, x2), _ = next(batches)
-            x1, x2 = x1.to(device, non_blocking=True), x2.to(device, non_blocking=True)
             network.require_backward_grad_sync = i == args.accumulate - 1          # DDP: all-reduce at the step's end
             with autocast:
                 loss, accuracy = network(x1, x2)

@@ -27,9 +27,13 @@ RECIPES = {
         decay=0.99, revive=0.01, commitment_weight=0.25,                            # VQ-VAE; our choice; VQ-VAE
         perceptual="moco_v3", perceptual_weight=1.0, crop_min=0.08, eval_crop=0.875),  # λ; crops: our choice
     "cifar": dict(                                                  # our choice
-        data="data/cifar10", image_size=32, batch_size=256, epochs=50, lr=4e-4, betas=[0.5, 0.95], warmup_steps=500,
+        data="data/cifar10", augment="batch", image_size=32, batch_size=256, epochs=50, lr=4e-4, betas=[0.5, 0.95], warmup_steps=500,
         channels=[64, 128, 128], codebook_size=2048, code_dim=64, decay=0.99, revive=0.01, commitment_weight=0.25,
         perceptual="runs/RECIPE/teacher", perceptual_weight=1.0, crop_min=0.4, eval_crop=1.0),
+    "cifar-cpu": dict(                                              # our choice
+        data="data/cifar10", augment="batch", image_size=32, batch_size=128, epochs=2, lr=1e-3, betas=[0.5, 0.95], warmup_steps=50,
+        channels=[16, 32, 32, 64], codebook_size=256, code_dim=32, decay=0.98, revive=0.05, commitment_weight=0.25,
+        perceptual="runs/RECIPE/teacher", perceptual_weight=1.0, crop_min=0.4, eval_crop=1.0, save_every=2),
     "demo": dict(                                                   # our choice
         data="synthetic:8000", image_size=32, batch_size=128, epochs=1, lr=1e-3, betas=[0.5, 0.95], warmup_steps=10,
         channels=[16, 32, 32, 64], codebook_size=256, code_dim=32, decay=0.9, revive=0.05, commitment_weight=0.25,
@@ -47,7 +51,7 @@ def get_args(argv=None):
     p.add_argument("--decay", type=float, help="γ of the codebook's moving averages, per step")
     p.add_argument("--revive", type=float, help="a code used less than this share of the mean starts anew")
     p.add_argument("--commitment-weight", type=float, help="β")
-    p.add_argument("--perceptual", help="moco_v3, vgg16 or resnet50 (downloaded), the path of such a file, or of a teacher.py run")
+    p.add_argument("--perceptual", help="moco_v3, vgg16 or resnet50 (downloaded), the path of such a file, or of a teacher.py or finetune.py run")
     p.add_argument("--perceptual-weight", type=float, help="λ; 0: the pixel-only codebook of the paper's ablation")
     p.add_argument("--perceptual-layers", type=int, nargs="+", help="S; default: blocks 3 6 9 12 of 12, every stage of a CNN")
     p.add_argument("--adversarial-weight", type=float, default=0.0, help="of a PatchGAN's hinge loss (an ablation of the paper)")
@@ -61,8 +65,8 @@ def get_args(argv=None):
 def perceptual_network(source):
     """The network behind L_percep, by name (downloaded) or by path, and a digest of its weights.
 
-    MoCo v3's official files (ViT-B/16 or ResNet-50), torchvision's VGG-16 and ResNet-50, teacher.py's
-    runs, told apart by their parameters' names. Raises InputError where there are no weights: a random
+    MoCo v3's official files (ViT-B/16 or ResNet-50), torchvision's VGG-16 and ResNet-50, runs of teacher.py or (the
+    supervised network of the paper's ablation) finetune.py, told apart by their parameters' names. Raises InputError where there are no weights: a random
     network never stands in.
     """
     urls = dict(moco_v3=MOCO_V3_URL, vgg16=torchvision.models.VGG16_Weights.IMAGENET1K_V1.url,
@@ -76,8 +80,8 @@ def perceptual_network(source):
     else:
         state = runtime.load_checkpoint(source)
         if state.get("stage"):
-            if state["stage"] != "teacher":
-                raise runtime.InputError(f"--perceptual {source}: a checkpoint of {state['stage']}, expected one of teacher")
+            if state["stage"] not in ("teacher", "finetune"):
+                raise runtime.InputError(f"--perceptual {source}: a checkpoint of {state['stage']}, expected one of teacher or finetune")
             network = VisionTransformer(**state["model_args"])
             network.load_state_dict(state["model"])
             return network, state["digest"]
@@ -180,8 +184,8 @@ def main(args):
     optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=tuple(args.betas))
     start, best = runtime.resume(args, modules, optimizer)
 
-    transform = data.tokenizer_transform(args.image_size, args.crop_min)
-    batches = iter(data.train_loader(dataset, transform, args, micro_batch, start, steps))
+    transform = data.tokenizer_transform(args.image_size, args.crop_min, args.augment)
+    batches = data.train_loader(dataset, transform, args, micro_batch, start, steps, device)
     if args.compile:
         tokenizer.encoder.compile()
         tokenizer.decoder.compile()
@@ -193,7 +197,7 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         generator = torch.Generator().manual_seed(runtime.derive_seed(args.seed, step))  # alike on all ranks
-        images = [next(batches)[0].to(device, non_blocking=True) for _ in range(args.accumulate)]
+        images = [next(batches)[0] for _ in range(args.accumulate)]
         if step == 0:                                               # the codebook begins as vectors of the first global batch
             with torch.no_grad(), autocast:
                 for x in images:

@@ -96,14 +96,15 @@ def test_images_of_any_mode_become_rgb(mode):
 # The stream of samples
 
 def arguments(**changes):
-    return Namespace(**{**dict(batch_size=8, seed=0, workers=0), **changes})
+    return Namespace(**{**dict(batch_size=8, seed=0, workers=0, augment="image"), **changes})
 
 
 def stream(start=0, stop=7, micro_batch=8, **changes):
     """The micro-batches of a run over 20 images (2 steps an epoch): list of (image, mask), labels."""
-    transform = AugmentAndMask(CROP, 4, 6, 4)              # both of torch's and Python's randomness
+    args = arguments(**changes)
+    transform = AugmentAndMask(data.pretrain_transform(16, form=args.augment), 4, 6, 4)  # torch's randomness and Python's
     dataset = data.Synthetic(number=20, image_size=16)
-    return list(data.train_loader(dataset, transform, arguments(**changes), micro_batch, start, stop))
+    return list(data.train_loader(dataset, transform, args, micro_batch, start, stop, torch.device("cpu")))
 
 
 def equal(one, other):
@@ -114,9 +115,13 @@ def equal(one, other):
     return True
 
 
-def test_samples_do_not_depend_on_the_workers():
-    assert equal(stream(workers=0), stream(workers=2))
-    assert not equal(stream(), stream(seed=1))
+FORMS = pytest.mark.parametrize("form", ["image", "batch"])
+
+
+@FORMS
+def test_samples_do_not_depend_on_the_workers(form):
+    assert equal(stream(workers=0, augment=form), stream(workers=2, augment=form))
+    assert not equal(stream(augment=form), stream(seed=1, augment=form))
 
 
 def test_samples_do_not_depend_on_the_process_own_randomness():
@@ -126,9 +131,10 @@ def test_samples_do_not_depend_on_the_process_own_randomness():
     assert equal(one, stream())
 
 
+@FORMS
 @pytest.mark.parametrize("start", [1, 2, 3, 6])
-def test_a_resumed_stream_is_the_tail_of_the_full_one(start):
-    assert equal(stream()[start:], stream(start=start))
+def test_a_resumed_stream_is_the_tail_of_the_full_one(start, form):
+    assert equal(stream(augment=form)[start:], stream(start=start, augment=form))
 
 
 def test_every_epoch_is_another_permutation():

@@ -69,7 +69,7 @@ def test_every_flag_is_read(stage, parsers):
 @pytest.mark.parametrize("stage", STAGES)
 def test_recipes_fill_every_flag_and_no_other(stage, parsers):
     flags, recipes = {action.dest for action in parsers[stage]._actions}, STAGES[stage].RECIPES
-    assert list(recipes) == ["paper", "cifar", "demo"]
+    assert list(recipes) == ["paper", "cifar", "cifar-cpu", "demo"]
     for name, recipe in recipes.items():
         assert set(recipe) <= flags
         args = STAGES[stage].get_args(["--recipe", name])
@@ -398,9 +398,25 @@ def test_evaluation_repeats_what_the_training_logged(chain):
     row = run("finetune", "--eval", "--init", str(chain.finetune))
     logged = log(chain.finetune, "val")[-1]
     assert (row["top1"], row["top5"], row["images"]) == (logged["top1"], logged["top5"], 100)
-    assert not Path("runs").exists()                        # writes nothing
+    assert [path.name for path in Path("runs/demo/finetune").iterdir()] == ["log.jsonl"]  # one line, no checkpoint
+    assert log("runs/demo/finetune") == [dict(log("runs/demo/finetune")[0], **row)]
     with pytest.raises(runtime.InputError, match="no classifier of 10 classes"):
         run("finetune", "--eval", "--init", str(chain.pretrain))
+
+
+def test_holdout_is_never_trained_on_and_stands_for_the_validation_images(chain, monkeypatch):
+    trained, evaluated = [], []
+    read = data.read
+    monkeypatch.setattr(data, "read", lambda dataset, index: (
+        (trained if dataset.split == "train" and torch.is_grad_enabled() else evaluated).append((dataset.split, index))
+        or read(dataset, index)))
+    for seed in ("0", "1"):
+        run("finetune", *chain.inputs["finetune"], "--holdout", "0.25", "--batch-size", "11", "--steps", "8", "--seed", seed,
+            "--output", seed)
+        assert [row["images"] for row in log(seed, "holdout")][-1] == 20 and not log(seed, "val")  # two of each class
+    held = {index for _, index in evaluated}
+    assert len(held) == 20 and {split for split, _ in evaluated} == {"train"}   # the same ones for both seeds
+    assert len({index for _, index in trained}) == 44 and not held & {index for _, index in trained}
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear"])
@@ -435,6 +451,7 @@ def test_probes_by_command_line(flags, chain, monkeypatch):
     row = run("finetune", *flags, "--init", str(chain.teacher))
     assert row["images"] == 100 and 0 < row["top1"] < 100
     assert row == run("finetune", *flags, "--init", str(chain.teacher))
+    assert [logged["top1"] for logged in log("runs/demo/finetune")] == 2 * [row["top1"]]
     with pytest.raises(runtime.InputError, match="--probe-layer 5: the ViT has blocks 1 to 4"):
         run("finetune", *flags, "--probe-layer", "5", "--init", str(chain.teacher))
 
@@ -474,6 +491,7 @@ def test_bad_sizes(capsys, chain):
 def test_checkpoints_of_another_stage(capsys, chain):
     message = fails(capsys, "tokenizer", "--perceptual", str(chain.pretrain))
     assert "pretrain" in message and "teacher" in message and str(chain.pretrain) in message
+    run("tokenizer", "--perceptual", str(chain.finetune), "--steps", "1", "--output", "supervised")  # the paper's ablation
     message = fails(capsys, "pretrain", "--tokenizer", str(chain.teacher))
     assert "found a checkpoint of teacher, expected one of tokenizer" in message
     message = fails(capsys, "finetune", "--init", str(chain.tokenizer))

@@ -1,0 +1,116 @@
+"""Whole-batch augmentation: each image its own, and what the same draws make of it in torchvision."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
+
+import augment
+import data
+from runtime import InputError
+
+SIZE = 32
+FORMS = {"pretrain": lambda: data.pretrain_transform(SIZE, form="batch"),
+         "tokenizer": lambda: data.tokenizer_transform(SIZE, form="batch"),
+         "teacher 1": lambda: data.teacher_transform(SIZE, form="batch")[0],
+         "teacher 2": lambda: data.teacher_transform(SIZE, form="batch")[1],
+         "finetune": lambda: data.finetune_transform(SIZE, erasing=1.0, form="batch")}
+
+
+def scenes(number):
+    """uint8 (number, 3, 32, 32)"""
+    return torch.stack([TF.pil_to_tensor(data.Synthetic(number=number)[i][0]) for i in range(number)])
+
+
+def apply(transform, x, *values):
+    """One step, by the same draws for every image."""
+    number, step = transform
+    assert number == len(values)
+    return step(x, *(torch.full((len(x),), value) for value in values))
+
+
+@pytest.fixture
+def x():
+    return scenes(6).float() / 255
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_image_is_augmented_by_its_own_draws_alone(name):
+    transform, pixels = FORMS[name](), scenes(8)
+    draws = torch.rand(8, transform.draws, generator=torch.Generator().manual_seed(0))
+    out = transform.finish((pixels, draws))
+    assert out.shape == (8, 3, SIZE, SIZE) and out.dtype == torch.float32
+    assert -1 <= out.min() < -0.5 and 0.5 < out.max() <= 1
+    order = torch.tensor([3, 1, 7, 0])
+    assert torch.allclose(transform.finish((pixels[order], draws[order])), out[order], atol=1e-6)
+    assert not torch.allclose(transform.finish((pixels, draws.flip(0))), out, atol=0.1)
+
+
+def test_the_whole_image_unflipped_is_the_image_itself(x):
+    assert torch.allclose(apply(augment.crop_and_flip(0.5), x, 1.0, 0.5, 0.3, 0.7, 0.9), x, atol=1e-5)
+    assert torch.allclose(apply(augment.crop_and_flip(0.5), x, 1.0, 0.5, 0.3, 0.7, 0.1), x.flip(3), atol=1e-5)
+
+
+def test_a_crop_is_torchvisions_resized_crop(x):
+    """A quarter of the area, square, at the bottom left: rows 16…31, columns 0…15."""
+    ours = apply(augment.crop_and_flip(0.0), x, 0.25, 0.5, 0.0, 1.0, 0.9)
+    theirs = F.interpolate(x[:, :, 16:, :16], (SIZE, SIZE), mode="bicubic", align_corners=False).clamp(0, 1)
+    assert torch.allclose(ours[:, :, 4:, :-4], theirs[:, :, 4:, :-4], atol=1e-4)    # at an inner edge ours sees the pixels beyond
+
+
+def test_colour_jitter_is_torchvisions(x):
+    up, down = 0.9, 0.2                                    # factors 1 + 0.4 · (2u − 1): 1.32 and 0.76
+    for place, function in ((1, TF.adjust_brightness), (2, TF.adjust_contrast), (3, TF.adjust_saturation)):
+        for u, factor in ((up, 1.32), (down, 0.76)):
+            values = [0.0, 0.5, 0.5, 0.5, 0.5]
+            values[place] = u
+            assert torch.allclose(apply(augment.color_jitter(0.4, 0.4, 0.4), x, *values), function(x, factor), atol=1e-3)
+    assert torch.equal(apply(augment.color_jitter(0.4, 0.4, 0.4, 0.1, p=0.8), x, 0.9, 0.1, 0.1, 0.1, 0.1), x)
+
+
+def test_the_hue_turns_and_the_grey_stays(x):
+    turned = apply(augment.color_jitter(0, 0, 0, 0.5), 0.25 + x / 2, 0.0, 0.5, 0.5, 0.5, 0.6)  # 0.1 of a turn; none clipped
+    assert torch.allclose(augment.grey(turned), augment.grey(0.25 + x / 2), atol=0.02)
+    assert (turned - 0.25 - x / 2).abs().max() > 0.05
+    plain = torch.full((6, 3, 4, 4), 0.3)
+    assert torch.allclose(apply(augment.color_jitter(0, 0, 0, 0.5), plain, 0.0, 0.5, 0.5, 0.5, 0.9), plain, atol=1e-3)
+
+
+def test_grey_and_solarize_are_torchvisions(x):
+    assert torch.allclose(apply(augment.random_grey(0.2), x, 0.1), TF.rgb_to_grayscale(x, 3), atol=1e-3)
+    assert torch.equal(apply(augment.random_grey(0.2), x, 0.3), x)
+    assert torch.equal(apply(augment.solarize(0.2), x, 0.1), TF.solarize(x, 0.5))
+    assert torch.equal(apply(augment.solarize(0.2), x, 0.3), x)
+
+
+def test_rand_augment_has_torchvisions_ops(x):
+    """Op by op, at magnitude 15: what torchvision's functions make of the image."""
+    expected = {0: x, 6: TF.adjust_brightness(x, 1.45),
+                7: TF.adjust_saturation(x, 1.45), 8: TF.adjust_contrast(x, 1.45), 9: TF.adjust_sharpness(x, 1.45),
+                10: TF.posterize(x, 6), 11: TF.solarize(x, 0.5), 12: TF.autocontrast(x), 13: TF.equalize(x)}
+    for op in range(14):
+        out = apply(augment.rand_augment(15), x, (op + 0.5) / 14, 0.4, 0.0, 0.4)
+        assert out.shape == x.shape and torch.equal(out, x) == (op == 0)
+        if op in expected:
+            assert torch.allclose(out, expected[op], atol=1e-5), op
+    right = apply(augment.rand_augment(30), x, 3.5 / 14, 0.4, 0.0, 0.4)
+    assert torch.allclose(right[:, :, :, 14:], x[:, :, :, :-14], atol=1e-5)         # by 150 / 331 of 32
+    assert torch.allclose(right[:, :, :, :14], torch.tensor(0.5), atol=1e-5)
+
+
+def test_erasing_is_a_box_of_one_colour(x):
+    area, height = (0.2 - 0.02) / 0.31, math.sqrt(0.2)
+    out = apply(augment.erase(0.25), x, 0.1, area, 0.5, 0.0, 1.0, 0.9, 0.4, 0.1)
+    side = round(height * SIZE)
+    assert torch.allclose(out[:, :, :side, -side:], torch.tensor([0.9, 0.4, 0.1]).view(3, 1, 1))  # top right
+    assert torch.equal(out[:, :, side:], x[:, :, side:]) and torch.equal(out[:, :, :, :-side], x[:, :, :, :-side])
+    assert torch.equal(apply(augment.erase(0.25), x, 0.3, area, 0.5, 0.0, 1.0, 0.9, 0.4, 0.1), x)
+
+
+def test_another_size_is_refused():
+    with pytest.raises(InputError, match="40×32 pixels, not 32×32; --augment image"):
+        FORMS["pretrain"]()(Image.new("RGB", (40, 32)))
+    with pytest.raises(InputError, match="no blur"):
+        data.teacher_transform(64, form="batch")
