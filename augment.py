@@ -19,7 +19,8 @@ from torchvision.transforms.v2 import functional as TF
 from runtime import InputError
 
 GREY = (0.2989, 0.587, 0.114)                              # ITU-R 601, as in torchvision
-YIQ = (GREY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))  # NTSC: luma, and the plane that the hue turns in
+YIQ = torch.tensor([GREY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])  # NTSC: luma, the plane of the hue
+RGB = torch.linalg.inv(YIQ)
 
 
 class Batch:
@@ -78,11 +79,11 @@ def color_jitter(brightness, contrast, saturation, hue=0.0, p=1.0):
         y = torch.lerp(mean, y, per_image(uniform(c, 1 - contrast, 1 + contrast))).clamp(0, 1)
         y = torch.lerp(grey(y), y, per_image(uniform(s, 1 - saturation, 1 + saturation))).clamp(0, 1)
         if hue:
-            angle, yiq = 2 * math.pi * uniform(h, -hue, hue), torch.tensor(YIQ, device=x.device)
+            angle = 2 * math.pi * uniform(h, -hue, hue)
             turn = torch.eye(3, device=x.device).repeat(len(x), 1, 1)
             turn[:, 1, 1] = turn[:, 2, 2] = angle.cos()
             turn[:, 1, 2], turn[:, 2, 1] = -angle.sin(), angle.sin()
-            y = torch.einsum("bij,bjhw->bihw", torch.linalg.inv(yiq) @ turn @ yiq, y).clamp(0, 1)
+            y = torch.einsum("bij,bjhw->bihw", RGB.to(x.device) @ turn @ YIQ.to(x.device), y).clamp(0, 1)
         return torch.where(per_image(chosen < p), y, x)
     return 5, step
 
@@ -114,12 +115,12 @@ def rand_augment(magnitude):
                 lambda x: TF.posterize(x, 8 - round(4 * m)), lambda x: TF.solarize(x, 1 - m), TF.autocontrast, TF.equalize]
 
     def step(x, *draws):
+        functions = table(1, x.shape[-1]) + table(-1, x.shape[-1])
         for op, sign in (draws[:2], draws[2:]):
-            for s, half in ((1, sign < 0.5), (-1, sign >= 0.5)):
-                for i, function in enumerate(table(s, x.shape[-1])):
-                    rows = (((op * 14).long() == i) & half).nonzero().squeeze(1)
-                    if len(rows):
-                        x = x.index_copy(0, rows, function(x[rows]))
+            which = (op * 14).long() + 14 * (sign >= 0.5)                           # (B,)
+            order, counts = which.argsort(), which.bincount(minlength=28).tolist()
+            groups = zip(functions, x[order].split(counts))
+            x = torch.cat([function(group) for function, group in groups if len(group)])[order.argsort()]
         return x
     return 4, step
 

@@ -192,7 +192,8 @@ class Each(T.Compose):
 def pretrain_transform(size, crop_min=0.08, jitter=0.4, form="image"):
     """BEiT's: random resized crop, flip, colour jitter. form: "image" or "batch", as --augment."""
     if form == "batch":
-        return augment.Batch(size, [augment.crop_and_flip(crop_min), augment.color_jitter(jitter, jitter, jitter)])
+        return augment.Batch(size, [augment.crop_and_flip(crop_min),
+                                    *([augment.color_jitter(jitter, jitter, jitter)] if jitter else [])])
     return Each([T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC), T.RandomHorizontalFlip(),
                  T.ColorJitter(jitter, jitter, jitter), to_pixels])
 
@@ -233,8 +234,8 @@ def finetune_transform(size, crop_min=0.08, magnitude=27, erasing=0.25, form="im
     """
     if form == "batch":
         return augment.Batch(size, [augment.crop_and_flip(crop_min),
-                                        *([augment.rand_augment(magnitude)] if magnitude else []),
-                                        *([augment.erase(erasing)] if erasing else [])])
+                                    *([augment.rand_augment(magnitude)] if magnitude else []),
+                                    *([augment.erase(erasing)] if erasing else [])])
     grey = [128] * 3
     return Each([T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC), T.RandomHorizontalFlip(),
                  *([T.RandAugment(2, magnitude, interpolation=BICUBIC, fill=grey)] if magnitude else []),
@@ -263,14 +264,15 @@ def read(dataset, index):
 
 
 class Samples(Dataset):
-    """A data set under a transform, indexed by (epoch, index) → (transformed image, label).
+    """A data set under a transform, indexed by (epoch, index) → (transformed image, label)."""
 
-    in_memory: indices that are decoded here, once, and held (the workers share the memory).
-    """
+    def __init__(self, dataset, transform, seed):
+        self.dataset, self.transform, self.seed, self.held = dataset, transform, seed, {}
 
-    def __init__(self, dataset, transform, seed, in_memory=()):
-        self.dataset, self.transform, self.seed = dataset, transform, seed
-        self.held = {index: read(dataset, index) for index in in_memory}
+    def hold(self, indices):
+        """Decode these now and keep them; workers share the memory."""
+        self[0, indices[0]]                                # refused before all the others are decoded
+        self.held = {index: read(self.dataset, index) for index in indices}
 
     def __getitem__(self, key):
         epoch, index = key
@@ -330,7 +332,9 @@ def train_loader(dataset, transform, args, micro_batch, start, stop, device, ind
     through all epochs."""
     indices = range(len(dataset)) if indices is None else indices
     batches = GlobalBatches(indices, args.batch_size, micro_batch, start, stop, args.seed)
-    samples = Samples(dataset, transform, args.seed, indices if args.augment == "batch" and start < stop else ())
+    samples = Samples(dataset, transform, args.seed)
+    if args.augment == "batch" and start < stop:
+        samples.hold(indices)
     for inputs, labels in make_loader(samples, batches, args.workers):
         yield transform.finish(to_device(inputs, device)), labels.to(device, non_blocking=True)
 

@@ -4,6 +4,7 @@
     python finetune.py --recipe demo --probe knn
     torchrun --nproc-per-node 8 finetune.py
 """
+import math
 import time
 from pathlib import Path
 
@@ -27,7 +28,8 @@ RECIPES = {
     "cifar": dict(                          # our choice
         data="data/cifar10", augment="batch", model="tiny", image_size=32, patch_size=4, pool="mean", batch_size=512, epochs=100, lr=2e-3,
         betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.75, warmup_epochs=5, drop_path=0.1, layer_scale=0.1,
-        crop_min=0.4, eval_crop=1.0, randaugment=14, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1),
+        crop_min=0.4, eval_crop=1.0, randaugment=14, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1,
+        save_every=10),
     "cifar-cpu": dict(                      # our choice
         data="data/cifar10", augment="batch", model="nano", image_size=32, patch_size=8, pool="mean", batch_size=128, epochs=3,
         lr=3e-3, betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.85, warmup_epochs=0.5, drop_path=0.0, layer_scale=0.1,
@@ -169,7 +171,8 @@ def knn(train, train_labels, val, classes, k=20, temperature=0.07):
 
 def linear_probe(train, train_labels, val, classes, steps=2000, batch=1024, lr=1e-2, weight_decay=1e-4):
     """Predicted classes by a linear layer on standardised features; every constant here is our choice."""
-    mean, std = train.mean(0), train.std(0) + 1e-6
+    mean, std = train.mean(0), train.std(0)
+    std[std < 1e-6] = math.inf                                      # constant in training: no feature
     train, val = (train - mean) / std, (val - mean) / std
     torch.manual_seed(0)
     layer = nn.Linear(train.shape[1], classes).to(train.device)
@@ -197,7 +200,7 @@ def report(args, row):
     """An evaluation without training goes to the log of --output all the same."""
     if runtime.rank() == 0:
         Path(args.output).mkdir(parents=True, exist_ok=True)
-        runtime.log(args, init=args.init, **row)
+        runtime.log(args, init=args.init, split="holdout" if args.holdout else "val", **row)
     return row
 
 

@@ -48,6 +48,16 @@ def test_every_image_is_augmented_by_its_own_draws_alone(name):
     assert not torch.allclose(transform.finish((pixels, draws.flip(0))), out, atol=0.1)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", FORMS)
+def test_the_gpu_makes_the_same_of_the_same_draws(name):
+    transform, pixels = FORMS[name](), scenes(8)
+    draws = torch.rand(8, transform.draws, generator=torch.Generator().manual_seed(0))
+    out = transform.finish((pixels.cuda(), draws.cuda())).cpu()
+    near = (out - transform.finish((pixels, draws))).abs() < 0.02
+    assert near.float().mean() > 0.99                      # a pixel at the edge of a box or a threshold may fall either way
+
+
 def test_the_whole_image_unflipped_is_the_image_itself(x):
     assert torch.allclose(apply(augment.crop_and_flip(0.5), x, 1.0, 0.5, 0.3, 0.7, 0.9), x, atol=1e-5)
     assert torch.allclose(apply(augment.crop_and_flip(0.5), x, 1.0, 0.5, 0.3, 0.7, 0.1), x.flip(3), atol=1e-5)

@@ -1,15 +1,18 @@
 """tools/cifar10.py and tools/codewords.py: every command line of the plan, the runner, the report."""
 import importlib
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import tokenizer
 from conftest import ROOT
@@ -31,6 +34,8 @@ class InProcess(cifar10.Runner):
             else:
                 stage = importlib.import_module(script.removesuffix(".py"))
                 stage.main(stage.get_args(["--recipe", self.recipe, "--output", f"{self.folder}/{name}", *flags.split(), *TINY]))
+            (self.folder / name).mkdir(exist_ok=True)
+            (self.folder / name / "job.json").write_text(json.dumps(dict(command="", seconds=1.0, finished=True, jobs=1)))
 
 
 def few_ablations(recipe, whole=cifar10.ablations):
@@ -76,12 +81,25 @@ def test_the_whole_plan_and_its_report(finished, root):
     readme = (folder / "README.md").read_text()
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
     assert cifar10.arms_table(finished, range(2)) in readme and cifar10.arms_table(finished, range(2)) in cpu
+    number = len(list(root.glob("runs/cifar-cpu/*/job.json")))
+    assert f"| all | {number} |" in cpu                     # a second each
     for picture in ("cifar-cpu-peco-codes.png", "cifar-cpu-pixel-reconstructions.png"):
         assert f"results/{picture}" in cpu and (folder / "results" / picture).exists()
     again = results.replace("## `--recipe cifar-cpu`", "## `--recipe cifar-cpu` stale")
     (folder / "RESULTS.md").write_text(again)              # the other recipe's part is kept, this one written anew
     cifar10.write(finished, range(2))
     assert (folder / "RESULTS.md").read_text() == results
+
+
+def test_what_is_not_finished_is_no_result(finished):
+    Path("runs/cifar-cpu/other").mkdir()                    # a log of another's, not of the plan
+    Path("runs/cifar-cpu/other/log.jsonl").write_text(json.dumps(dict(top1=50.0, split="val")) + "\n")
+    assert finished.last("other", "top1") is None and finished.last("finetune-peco-0", "top1", split="val") is not None
+    file = Path("runs/cifar-cpu/finetune-peco-0/job.json")
+    whole = file.read_text()
+    file.write_text(whole.replace("true", "false"))
+    assert finished.last("finetune-peco-0", "top1", split="val") is None
+    file.write_text(whole)
 
 
 def test_test_images_choose_nothing(finished):
@@ -113,6 +131,41 @@ def test_histograms():
     assert codewords.histograms(codes, 4).tolist() == [[0.5, 0.25, 0.25, 0], [0, 0, 0, 1]]
 
 
+class Shades(torch.nn.Module):
+    """A tokenizer whose code is an image's shade, and a classifier of it. blank: it reconstructs all images the same."""
+
+    def __init__(self, blank):
+        super().__init__()
+        self.blank, self.quantizer = blank, Namespace(codebook=torch.zeros(10, 1))
+
+    def encode(self, images):
+        shade = ((images.mean((1, 2, 3)) + 1) / 2 * 9).round().long()
+        return shade.view(-1, 1, 1).expand(-1, 2, 2)
+
+    def decode(self, codes):
+        shade = (0 if self.blank else codes[:, :1, :1]) / 9 * 2 - 1
+        return torch.zeros(len(codes), 3, 32, 32) + (shade if self.blank else shade.unsqueeze(1))
+
+    def forward(self, images):
+        return torch.nn.functional.one_hot(self.encode(images)[:, 0, 0], 10)
+
+
+@pytest.mark.parametrize("blank", [False, True])
+def test_codewords_of_known_meaning(blank, folder, monkeypatch):
+    for split in ("train", "val"):
+        for shade in range(10):
+            (folder / "shades" / split / str(shade)).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (32, 32), (round(shade / 9 * 255),) * 3).save(folder / "shades" / split / str(shade) / f"{i}.png")
+    monkeypatch.setattr(codewords, "load", lambda kind, path, stage: Shades(blank))
+    monkeypatch.setattr(codewords.stage, "perceptual_network", lambda path: (None, None))
+    monkeypatch.setattr(codewords, "PerceptualLoss", lambda network: torch.nn.MSELoss())
+    codewords.main(codewords.get_args([str(folder), "--recipe", "cifar-cpu", "--data", "shades", "--classifier", "any", "--workers", "0"]))
+    row = json.loads((folder / "log.jsonl").read_text())
+    assert (row["linear"], row["originals"], row["reconstructions"], row["images"]) == (100, 100, 10 if blank else 100, 40)
+    assert row["distance"] == pytest.approx(sum((2 * i / 9) ** 2 for i in range(10)) / 10 if blank else 0, abs=1e-3)  # in 8 bits
+
+
 # ------------------------------------------------------------------------------------------------
 # The runner, on scripts of one line
 
@@ -135,9 +188,10 @@ def test_a_failure_ends_the_rest_and_says_why(capsys):
     with pytest.raises(SystemExit) as end:
         cifar10.Runner("cifar", 2).run(jobs)
     out = capsys.readouterr()
-    assert end.value.code and "no such data" in out.out and "failed with status 1: python bad.py" in out.err
+    assert "no such data" in out.out and str(end.value.code).startswith("failed with status 1: python bad.py")
     assert time.time() - begun < 30 and not Path("never").exists()
-    assert not list(Path("runs").glob("*/*/finished"))
+    assert {file.parent.name: json.loads(file.read_text())["finished"] for file in Path("runs").glob("*/*/job.json")} == dict(
+        bad=False, slow=False)
 
 
 def test_sigterm_reaches_the_stages():

@@ -22,6 +22,7 @@ import torch
 
 import finetune
 import pretrain
+import teacher
 import tokenizer
 from model import SIZES
 
@@ -55,8 +56,8 @@ def ablations(recipe):
                      "3": ("lambda-3", "--perceptual-weight 3")},
         "Layers": {" ".join(map(str, quarters)): ("peco", None), **{
             str(layer): (f"layer-{layer}", f"--perceptual-layers {layer}") for layer in quarters}},
-        "Perceptual network": {"self-supervised": ("peco", None), "supervised": (
-            "supervised", f"--perceptual runs/{recipe}/finetune-scratch-long-0")},
+        "Perceptual network": {"self-supervised": ("peco", None),  # not the network that judges the reconstructions
+                               "supervised": ("supervised", f"--perceptual runs/{recipe}/finetune-scratch-0")},
         "Adversarial loss": {"none": ("peco", None), "PatchGAN, 0.1": ("adversarial", "--adversarial-weight 0.1")},
         "Codebook size": {str(size // 2): (f"codes-{size // 2}", f"--codebook-size {size // 2}"), str(size): ("peco", None),
                           str(size * 2): (f"codes-{size * 2}", f"--codebook-size {size * 2}")},
@@ -68,59 +69,72 @@ def ablations(recipe):
 
 class Runner:
     """Runs command lines, `jobs` at a time, each in runs/RECIPE/NAME/; reads their logs. data: as --data of the stages;
-    extra: more flags for every stage."""
+    extra: more flags for every stage.
+
+    A job's folder has a job.json: its command, its seconds so far, whether it is finished. To run it anew (another
+    stage before it was, say), delete the folder.
+    """
 
     def __init__(self, recipe, jobs=1, data=None, extra=()):
         self.recipe, self.jobs, self.folder = recipe, jobs, Path("runs") / recipe
         self.data, self.extra = ["--data", data] if data else [], list(extra)
-        self.running, self.stopped, self.commands = {}, False, []
+        self.running, self.stopped = {}, False
 
     def stop(self, *_):
         self.stopped = True
-        for process in self.running.values():              # a stage writes a checkpoint at SIGTERM
-            process.terminate()
+
+    def job(self, name):
+        file = self.folder / name / "job.json"
+        return json.loads(file.read_text()) if file.exists() else dict(command=None, seconds=0.0, finished=False)
 
     def run(self, jobs):
-        """Run {name: (script, flags)}, in any order. A job's folder has a file `finished` with its command when it is."""
+        """Run {name: (script, flags)}, in any order."""
         todo = []
         for name, (script, flags) in jobs.items():
             if script == "tools.codewords":
                 command = ["-m", script, f"{self.folder}/{name.removeprefix('codewords-')}", "--recipe", self.recipe, *flags.split()]
             else:
                 command = [script, "--recipe", self.recipe, "--output", f"{self.folder}/{name}", *flags.split(), *self.extra]
-            command += self.data
-            self.commands.append("python " + " ".join(command))
-            mark = self.folder / name / "finished"
-            if not (mark.exists() and mark.read_text() == self.commands[-1]):
+            command = " ".join(["python", *command, *self.data])
+            job = self.job(name)
+            if job["command"] != command or not job["finished"]:
                 todo.append((name, command))
-        threads = max(1, (os.cpu_count() or 1) // max(1, min(self.jobs, len(todo))))
+        threads, failed = max(1, (os.cpu_count() or 1) // max(1, min(self.jobs, len(todo)))), None
         while todo or self.running:
             while todo and len(self.running) < self.jobs and not self.stopped:
                 name, command = todo.pop(0)
-                print(f"{time.strftime('%H:%M:%S')}  python {' '.join(command)}", flush=True)
+                print(f"{time.strftime('%H:%M:%S')}  {command}", flush=True)
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
                 with open(self.folder / name / "output.txt", "a") as output:
-                    self.running[name] = subprocess.Popen([sys.executable, *command], stdout=output, stderr=output,
-                                                          env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+                    process = subprocess.Popen([sys.executable, *command.split()[1:]], stdout=output, stderr=output,
+                                               env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+                self.running[name] = process, command, time.time()
             time.sleep(0.2)
-            for name, process in list(self.running.items()):
+            for name, (process, command, begun) in list(self.running.items()):
+                if self.stopped:
+                    process.terminate()                    # a stage then writes a checkpoint
                 if process.poll() is not None:
                     del self.running[name]
-                    if process.returncode == 0:
-                        (self.folder / name / "finished").write_text("python " + " ".join(process.args[1:]))
-                    elif not self.stopped:
+                    job = dict(command=command, seconds=self.job(name)["seconds"] + time.time() - begun,
+                               finished=process.returncode == 0, jobs=self.jobs)
+                    (self.folder / name / "job.json").write_text(json.dumps(job))
+                    if process.returncode and not self.stopped:
+                        failed = failed or (name, process.returncode, command)
                         self.stop()
-                        print(*(self.folder / name / "output.txt").read_text().splitlines()[-10:], sep="\n")
-                        print(f"failed with status {process.returncode}: python {' '.join(process.args[1:])}", file=sys.stderr)
             if self.stopped and not self.running:
-                sys.exit("stopped: the same command goes on from here")
+                if failed is None:
+                    sys.exit("stopped: the same command goes on from here")
+                print(*(self.folder / failed[0] / "output.txt").read_text().splitlines()[-10:], sep="\n")
+                sys.exit(f"failed with status {failed[1]}: {failed[2]}")
 
     def rows(self, name):
         log = self.folder / name / "log.jsonl"
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
     def last(self, name, key, **match):
-        """The newest value of `key` in a log, of the rows that match; None where there is none."""
+        """The newest value of `key` in a finished job's log, of the rows that match; None where there is none."""
+        if not self.job(f"codewords-{name}" if "codewords" in match else name)["finished"]:
+            return None
         found = [row[key] for row in self.rows(name) if key in row and all(row.get(k) == v for k, v in match.items())]
         return found[-1] if found else None
 
@@ -148,6 +162,7 @@ def main_table(runner, seeds):
     runner.run({f"pretrain-{name}-{seed}": ("pretrain.py", f"--tokenizer {folder}/tokenizer-{name} --seed {seed}")
                 for seed in seeds for name in TOKENIZERS})
     epochs = pretrain.RECIPES[recipe]["epochs"] + finetune.RECIPES[recipe]["epochs"]
+    probed = [(arm, seed) for arm in TOKENIZERS for seed in seeds] + [("teacher", seeds[0])]
     jobs = {}
     for seed in seeds:
         for arm in ARMS:
@@ -160,7 +175,7 @@ def main_table(runner, seeds):
             jobs[f"finetune-{arm}-{seed}"] = ("finetune.py", flags)
             for percent, few in FEW_LABELS[recipe].items():
                 jobs[f"finetune-{arm}-{seed}-{percent}"] = ("finetune.py", f"{flags} {few}")
-            for kind in ("linear", "knn"):
+            for kind in ("linear", "knn") if (arm, seed) in probed else ():
                 jobs[f"{kind}-{arm}-{seed}"] = ("finetune.py", f"--init {init(runner, arm, seed)} --seed {seed} --probe {kind}")
     runner.run(jobs)
     runner.run({f"codewords-tokenizer-{name}": codewords(runner) for name in TOKENIZERS})
@@ -212,8 +227,8 @@ def accuracies(runner, arm, seeds, kind):
 def arms_table(runner, seeds):
     rows = []
     for arm, text in ARMS.items():
-        cells = ["" if arm == "scratch-long" and kind else show(accuracies(runner, arm, seeds, kind))
-                 for kind in ("", "-10", "-1", "linear", "knn")]
+        blank = {"scratch": ("linear", "knn"), "scratch-long": ("-10", "-1", "linear", "knn")}.get(arm, ())
+        cells = ["" if kind in blank else show(accuracies(runner, arm, seeds, kind)) for kind in ("", "-10", "-1", "linear", "knn")]
         rows.append([text, *cells])
     return table(["pre-training", "top-1", "10 % of labels", "1 %", "linear probe", "kNN"], rows)
 
@@ -251,21 +266,22 @@ def orderings(runner, seeds):
 def section(runner, seeds):
     """This recipe's part of RESULTS.md."""
     recipe, first = runner.recipe, next((row for row in runner.rows("finetune-peco-0") if "args" in row), None)
-    names = sorted(path.parent.name for path in runner.folder.glob("*/log.jsonl"))
+    vit = pretrain.RECIPES[recipe]
+    epochs = {stage.__name__: stage.RECIPES[recipe]["epochs"] for stage in (teacher, tokenizer, pretrain, finetune)}
+    size = SIZES[vit["model"]]
+    jobs = {path.parent.name: runner.job(path.parent.name) for path in sorted(runner.folder.glob("*/job.json"))}
     seconds = {}
-    for name in names:
-        rows = runner.rows(name)
-        starts = [i for i, row in enumerate(rows) if "args" in row] + [len(rows)]
-        spent = sum(rows[end - 1]["time"] - rows[start]["time"] for start, end in zip(starts, starts[1:]))
-        seconds[name.split("-")[0]] = seconds.get(name.split("-")[0], 0.0) + spent
-    v, p = pretrain.RECIPES[recipe], SIZES[pretrain.RECIPES[recipe]["model"]]
+    for name, job in jobs.items():
+        seconds[name.split("-")[0]] = seconds.get(name.split("-")[0], 0.0) + job["seconds"]
     lines = [
-        f"## `--recipe {recipe}`: {'one GPU' if recipe == 'cifar' else 'a CPU'}",
-        f"ViT-{v['model']} ({p['dim']} wide, {p['depth']} blocks), patches of {v['patch_size']} of 32 pixels; pre-training {v['epochs']} "
-        f"epochs, fine-tuning {finetune.RECIPES[recipe]['epochs']}; the rest: `RECIPES` in each script. Hardware: "
-        + (f"{first['hardware']}, PyTorch {first['torch']}, {len(seeds)} seeds." if first else f"{NOT_RUN}."),
-        "Top-1 in %, mean ± standard error over the seeds; a seed's pre-training and its fine-tuning both have that seed, "
-        "teacher and tokenizers are of seed 0. The last epoch counts.",
+        f"## `--recipe {recipe}`",
+        f"ViT-{vit['model']} ({size['dim']} wide, {size['depth']} blocks), patches of {vit['patch_size']} of 32 pixels. Epochs: "
+        + ", ".join(f"{stage} {number}" for stage, number in epochs.items()) + "; the rest: `RECIPES` in each script. "
+        + (f"Hardware: {first['hardware']}, PyTorch {first['torch']}. Data: {describe(first['args']['data'])}." if first
+           else f"Hardware: {NOT_RUN}."),
+        f"Top-1 in % on the test images after the last epoch, mean ± standard error over {len(seeds)} seeds. A seed's pre-training "
+        "and its fine-tuning have that seed; teacher and tokenizers were trained once, and their own spread is not in the error. "
+        "The longer fine-tuning does not count the epochs of teacher and tokenizer, which PeCo takes besides.",
         f"<!-- {recipe} table -->\n{arms_table(runner, seeds)}\n<!-- end -->",
         orderings(runner, seeds),
         "### Codewords",
@@ -276,15 +292,17 @@ def section(runner, seeds):
         table(["tokenizer", *CODES_HEADER], [[ARMS[name], *codes_row(runner, name)] for name in TOKENIZERS]),
     ]
     pictures = ROOT / "results"
-    for picture, text in (("reconstructions", "originals over reconstructions"), ("codes", "a row of patches for each of the most used codes")):
+    for picture, text in (("reconstructions", "originals over reconstructions"),
+                          ("codes", "a row of patches for each of the most used codes")):
         for name in ("pixel", "peco"):
             source = runner.folder / f"tokenizer-{name}" / f"{picture}.png"
-            if source.exists():
+            if runner.job(source.parent.name)["finished"]:
                 pictures.mkdir(exist_ok=True)
                 shutil.copy(source, pictures / f"{recipe}-{name}-{picture}.png")
                 lines.append(f"{ARMS[name]}: {text}\n\n![{name} {picture}](results/{recipe}-{name}-{picture}.png)")
     searched = {(lr, drop): runner.last(f"search-{lr:g}-{drop:g}", "top1", split="holdout") for lr, drop in SEARCH[recipe]}
-    lines += ["### Search from scratch", "Top-1 in % on a tenth of the training images, held out; the best is used by all fine-tuning from scratch.",
+    lines += ["### Search from scratch",
+              "Top-1 in % on a tenth of the training images, held out; the best is used by all fine-tuning from scratch.",
               table(["lr", "drop path", "top-1"], [[f"{lr:g}", f"{drop:g}", NOT_RUN if top1 is None else f"{top1:.1f}"]
                                                    for (lr, drop), top1 in searched.items()]),
               "### Ablations", "One seed each: read no small difference into them."]
@@ -293,16 +311,23 @@ def section(runner, seeds):
                 for entry, (name, _) in entries.items()]
         lines.append(table([title, "top-1", *CODES_HEADER], rows))
     if seconds:
-        lines += ["### Time", f"Seconds between a job's first and last line of its log, summed over jobs; {runner.jobs} jobs ran side by side.",
+        side = max(job.get("jobs", 1) for job in jobs.values())
+        lines += ["### Time", f"Seconds of the jobs from start to end, {side} side by side.",
                   table(["", "seconds"], [[name, f"{value:.0f}"] for name, value in (seconds | {"all": sum(seconds.values())}).items()])]
     return "\n\n".join(line for line in lines if line)
 
 
-HEAD = """# Results
+def describe(source):
+    """--data, and whether its files are JPEG: CIFAR-10's own images are not."""
+    jpeg = next(Path(source).glob("train/*/*.jpg"), None) if Path(source).is_dir() else None
+    return f"`{source}`" + (", re-encoded as JPEG" if jpeg else "")
+
+
+HEAD = """# Results on CIFAR-10
 Written by `python -m tools.cifar10` (`make cifar10`) from the logs of the runs, never by hand.
 
-The CIFAR-10 of these runs is a public JPEG re-encoding, on which accuracies run a little below the original's.
-Hyper-parameters were chosen on held-out training images; the test images chose nothing."""
+From scratch, the lr and the drop path were searched on held-out training images; every other value is our choice, by
+pilots on held-out training images. The test images chose nothing."""
 
 
 def replace(text, name, new):

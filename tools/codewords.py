@@ -27,7 +27,7 @@ def get_args(argv=None):
     p.add_argument("--perceptual", help="as in tokenizer.py; default: the recipe's")
     p.add_argument("--workers", type=int, default=1)
     args = p.parse_args(argv)
-    args.stage, args.output = "codewords", args.tokenizer
+    args.stage, args.output, args.amp = "codewords", args.tokenizer, "auto"
     recipe = stage.RECIPES[args.recipe]
     args.data, args.image_size, args.eval_crop = args.data or recipe["data"], recipe["image_size"], recipe["eval_crop"]
     args.perceptual = args.perceptual or recipe["perceptual"].replace("RECIPE", args.recipe)
@@ -55,7 +55,8 @@ def measure(args, tokenizer, classifier, perceptual, split):
     dataset, device = data.load_dataset(args.data, split, args.image_size), runtime.device()
     for x, labels in data.eval_loader(dataset, data.eval_transform(args.image_size, args.eval_crop), 250, args.workers):
         x, labels = x.to(device), labels.to(device)
-        codes = tokenizer.encode(x)
+        with runtime.autocast(args, device):                                        # as in pretrain.py
+            codes = tokenizer.encode(x)
         rows.append(histograms(codes, len(tokenizer.quantizer.codebook)))
         targets.append(labels)
         if split == "val":
