@@ -25,7 +25,7 @@ RECIPES = {
         betas=[0.9, 0.98], weight_decay=0.05, warmup_epochs=10, clip=3.0, drop_path=0.0, layer_scale=0.1,
         mask_ratio=0.4, mask_block=4, crop_min=0.2, jitter=0.4),
     "cifar-cpu": dict(                      # our choice
-        data="data/cifar10", augment="batch", model="nano", image_size=32, patch_size=8, batch_size=128, epochs=4, lr=2e-3,
+        data="data/cifar10", augment="batch", model="nano", image_size=32, patch_size=8, batch_size=128, epochs=5, lr=2e-3,
         betas=[0.9, 0.98], weight_decay=0.05, warmup_epochs=0.5, clip=3.0, drop_path=0.0, layer_scale=0.1,
         mask_ratio=0.4, mask_block=2, crop_min=0.4, jitter=0.0),
     "demo": dict(                           # our choice

@@ -31,7 +31,7 @@ RECIPES = {
         temperature=0.2, hidden=1024, features=128),
     "cifar-cpu": dict(             # our choice
         data="data/cifar10", augment="batch", model="nano", image_size=32, patch_size=8, crop_min=0.2,
-        batch_size=256, epochs=10, lr=2e-3, warmup_epochs=0.5, weight_decay=0.05, momentum=0.99,
+        batch_size=256, epochs=24, lr=2e-3, warmup_epochs=0.5, weight_decay=0.05, momentum=0.99,
         temperature=0.2, hidden=256, features=64),
     "demo": dict(                  # our choice
         data="synthetic:8000", model="nano", image_size=32, patch_size=8, crop_min=0.3,

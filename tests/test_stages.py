@@ -399,7 +399,7 @@ def test_evaluation_repeats_what_the_training_logged(chain):
     logged = log(chain.finetune, "val")[-1]
     assert (row["top1"], row["top5"], row["images"]) == (logged["top1"], logged["top5"], 100)
     assert [path.name for path in Path("runs/demo/finetune").iterdir()] == ["log.jsonl"]  # one line, no checkpoint
-    assert log("runs/demo/finetune") == [dict(log("runs/demo/finetune")[0], **row)]
+    assert log("runs/demo/finetune", "val") == [dict(log("runs/demo/finetune", "val")[0], **row)]
     with pytest.raises(runtime.InputError, match="no classifier of 10 classes"):
         run("finetune", "--eval", "--init", str(chain.pretrain))
 
@@ -451,7 +451,7 @@ def test_probes_by_command_line(flags, chain, monkeypatch):
     row = run("finetune", *flags, "--init", str(chain.teacher))
     assert row["images"] == 100 and 0 < row["top1"] < 100
     assert row == run("finetune", *flags, "--init", str(chain.teacher))
-    assert [logged["top1"] for logged in log("runs/demo/finetune")] == 2 * [row["top1"]]
+    assert [logged["top1"] for logged in log("runs/demo/finetune", "val")] == 2 * [row["top1"]]
     with pytest.raises(runtime.InputError, match="--probe-layer 5: the ViT has blocks 1 to 4"):
         run("finetune", *flags, "--probe-layer", "5", "--init", str(chain.teacher))
 
