@@ -4,6 +4,7 @@ Every image comes out as float32 (3, H, W) with pixels in [-1, 1]. All randomnes
 augmentation and its mask, is seeded by (seed, epoch, index): it depends neither on the number of
 workers or ranks, nor on where a run was stopped and resumed.
 """
+import contextlib
 import math
 import os
 import random
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
@@ -40,6 +42,10 @@ def polygon(*corners):
 def star(points, inner):
     return polygon(*((r * math.sin(a), -r * math.cos(a)) for i in range(2 * points)
                      for r, a in [((1, inner)[i % 2], math.pi * i / points)]))
+
+
+def halve(image):
+    return (image[::2, ::2] + image[1::2, ::2] + image[::2, 1::2] + image[1::2, 1::2]) / 4
 
 
 SHAPES = {                                                 # each about the unit disk
@@ -74,26 +80,40 @@ class Synthetic(Dataset):
         return self.number
 
     def __getitem__(self, index):
-        if index not in self.drawn:
-            image = self.draw(index)
-            if self.size > 64 or self.number > 50_000:
-                return Image.fromarray(image), self.targets[index]
-            self.drawn[index] = image
-        return Image.fromarray(self.drawn[index]), self.targets[index]
+        return Image.fromarray(self.scene(index)), self.targets[index]
 
-    def draw(self, index):
-        rng = np.random.default_rng([self.seed, {"train": 1, "val": 2}[self.split], index])
+    def scene(self, index):
+        if index in self.drawn:
+            return self.drawn[index]
         n = 2 * self.size                                  # drawn at twice the size, then averaged
+        rng = np.random.default_rng([self.seed, {"train": 1, "val": 2}[self.split], index])
         y, x = np.mgrid[0:n, 0:n].astype(np.float32) / (n / 2) - 1  # [-1, 1) across the image
+        scene = self.draw(rng, x, y, index)
+        if self.size <= 64 and self.number <= 50_000:
+            self.drawn[index] = scene
+        return scene
+
+    def draw(self, rng, x, y, index):
+        image = self.ground(rng, x, y)
+        self.shape(rng, image, x, y, self.targets[index], 0.55, 0.85)
+        return self.pixels(rng, image)
+
+    def ground(self, rng, x, y):
         image = self.texture(rng, x, y, 0.0, 0.6)
         for _ in range(rng.integers(2, 5)):                # clutter: small disks, bars and corners
             piece = SHAPES[("disk", "bar", "corner")[rng.integers(3)]]
             self.paste(rng, image, x, y, piece, rng.uniform(0.06, 0.14), rng.uniform(-1, 1, 2), math.pi, 0.0)
-        size = rng.uniform(0.55, 0.85)
-        self.paste(rng, image, x, y, SHAPES[self.classes[self.targets[index]]], size,
-                   rng.uniform(size - 1, 1 - size, 2), 0.35, 0.4)
-        image = (image[::2, ::2] + image[1::2, ::2] + image[::2, 1::2] + image[1::2, 1::2]) / 4
-        image += 0.02 * rng.standard_normal(image.shape, np.float32)
+        return image
+
+    def shape(self, rng, image, x, y, label, smallest, largest):
+        """Paste a shape of that size, in half sides, all within the image; returns where it lies."""
+        size = rng.uniform(smallest, largest)
+        return self.paste(rng, image, x, y, list(SHAPES.values())[label], size, rng.uniform(size - 1, 1 - size, 2), 0.35, 0.4)
+
+    @staticmethod
+    def pixels(rng, image):
+        image = halve(image)
+        image = image + 0.02 * rng.standard_normal(image.shape, np.float32)
         return (image.clip(0, 1) * 255).round().astype(np.uint8)
 
     def paste(self, rng, image, x, y, shape, size, centre, tilt, darkest):
@@ -105,6 +125,7 @@ class Synthetic(Dataset):
         u, v = c * x + s * y, c * y - s * x
         inside = shape(u, v)
         image[box][inside] = self.texture(rng, u[inside], v[inside], darkest, 1.0)
+        return box, inside
 
     @staticmethod
     def texture(rng, u, v, darkest, lightest):
@@ -124,6 +145,38 @@ class Synthetic(Dataset):
         return first + weight[..., None] * (second - first)
 
 
+class Scenes(Synthetic):
+    """The same with one to four shapes, later ones over earlier ones, and what is seen of each. target: "masks" →
+    (PIL image, map of classes: 1 is the ground, 2… the shapes), "instances" → (PIL image, as instances() makes it)."""
+
+    def __init__(self, *args, target, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.target, self.ids, self.category_ids = target, range(self.number), range(1, len(SHAPES) + 1)  # as of COCO
+        if target == "masks":
+            self.classes = ["ground", *self.classes]
+
+    def with_objects(self):
+        return range(self.number)
+
+    def draw(self, rng, x, y, index):
+        image = self.ground(rng, x, y)
+        labels, owner = rng.integers(len(SHAPES), size=rng.integers(1, 5)), np.zeros(image.shape[:2], int)
+        for i, label in enumerate(labels, 1):
+            box, inside = self.shape(rng, image, x, y, label, 0.2, 0.5)
+            owner[box][inside] = i                         # the shape seen at each place, 0 for none
+        owner = np.argmax([halve((owner == i).astype(int)) for i in range(len(labels) + 1)], 0)
+        return self.pixels(rng, image), owner.astype(np.uint8), labels
+
+    def __getitem__(self, index):
+        image, owner, labels = self.scene(index)
+        if self.target == "masks":
+            return Image.fromarray(image), tv_tensors.Mask(np.concatenate([[1], labels + 2]).astype(np.uint8)[owner])
+        masks = torch.from_numpy(owner == np.arange(1, len(labels) + 1)[:, None, None])
+        seen = masks.any((1, 2))
+        boxes = torchvision.ops.masks_to_boxes(masks[seen]) + torch.tensor([0, 0, 1, 1])
+        return Image.fromarray(image), instances(boxes, torch.from_numpy(labels + 1)[seen], masks[seen])
+
+
 # ------------------------------------------------------------------------------------------------
 # Data sets by name
 
@@ -133,8 +186,7 @@ def load_dataset(name, split, image_size, root="data"):
     split: "train" or "val". Raises InputError where it is not there.
     """
     if name.partition(":")[0] == "synthetic":
-        number = int(name.partition(":")[2] or 10_000)
-        return Synthetic(split, number if split == "train" else max(number // 5, 100), image_size)
+        return Synthetic(split, synthetic_number(name, split), image_size)
     if name in ("cifar10", "cifar100"):
         kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
         first = int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -162,6 +214,94 @@ def load_dataset(name, split, image_size, root="data"):
     return dataset
 
 
+def synthetic_number(name, split):
+    """Images of --data synthetic[:IMAGES]; a fifth as many for validation."""
+    number = int(name.partition(":")[2] or 10_000)
+    return number if split == "train" else max(number // 5, 100)
+
+
+def subfolder(root, *parts):
+    folder = Path(root, *parts)
+    if not folder.is_dir():
+        why = f"it has no {'/'.join(parts)}/ folder" if Path(root).is_dir() else "no such folder"
+        raise InputError(f"--data {root}: {why}; see the README for the layout")
+    return folder
+
+
+def load_segmentation(name, split, image_size, classes):
+    """The data set of segment.py's --data: yields (PIL image, map of classes from 1, 0 is ignored) and has .classes."""
+    if name.partition(":")[0] == "synthetic":
+        return Scenes(split, synthetic_number(name, split), image_size, target="masks")
+    return Ade20k(name, {"train": "training", "val": "validation"}[split], classes)
+
+
+def load_detection(name, split, image_size):
+    """The data set of detect.py's --data: yields (PIL image, instances()) and has .classes."""
+    if name.partition(":")[0] == "synthetic":
+        return Scenes(split, synthetic_number(name, split), image_size, target="instances")
+    folder = subfolder(name, f"{split}2017")
+    file = Path(name, "annotations", f"instances_{split}2017.json")
+    if not file.exists():
+        raise InputError(f"--data {name}: it has no annotations/{file.name}; see the README for the layout")
+    return Coco(folder, file)
+
+
+class Ade20k(Dataset):
+    """ADE20K's layout: images/SPLIT/NAME.jpg, annotations/SPLIT/NAME.png of one channel, where 0 is ignored and the
+    classes count from 1."""
+
+    def __init__(self, root, split, classes):
+        self.classes = [f"class {i}" for i in range(1, classes + 1)]
+        images, annotations = subfolder(root, "images", split), subfolder(root, "annotations", split)
+        files = sorted(file for file in images.iterdir() if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        self.samples = [(file, annotations / f"{file.stem}.png") for file in files]
+        missing = [annotation for _, annotation in self.samples if not annotation.exists()]
+        if missing or not files:
+            raise InputError(f"{missing[0]}: missing; each image has its annotation" if missing else f"{images}: no images in it")
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        image, annotation = self.samples[index]
+        image, labels = Image.open(image), np.array(Image.open(annotation))
+        if labels.shape != image.size[::-1]:
+            raise InputError(f"{annotation}: its shape is {labels.shape}, the image's {image.size[::-1]}")
+        if labels.max() > len(self.classes):
+            raise InputError(f"{annotation}: has class {labels.max()}; --classes is {len(self.classes)}")
+        return image, tv_tensors.Mask(labels)
+
+
+class Coco(torchvision.datasets.CocoDetection):
+    """COCO's instances. Labels count from 1 without the gaps of the category ids; crowds are left out."""
+
+    def __init__(self, folder, file):
+        with contextlib.redirect_stdout(None):             # it tells of its progress
+            super().__init__(folder, file)
+        self.category_ids = sorted(self.coco.getCatIds())
+        self.classes = [category["name"] for category in self.coco.loadCats(self.category_ids)]
+        self.samples = [(Path(folder, self.coco.imgs[i]["file_name"]), i) for i in self.ids]
+
+    def __getitem__(self, index):
+        image, annotations = super().__getitem__(index)
+        annotations = [a for a in annotations if not a.get("iscrowd")]
+        boxes = torch.tensor([a["bbox"] for a in annotations]).view(-1, 4)
+        masks = [self.coco.annToMask(a) for a in annotations] or np.zeros((0, image.height, image.width))
+        labels = torch.tensor([self.category_ids.index(a["category_id"]) + 1 for a in annotations], dtype=torch.int64)
+        return image, instances(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), labels, torch.from_numpy(np.array(masks)))
+
+    def with_objects(self):
+        """Indices of the images that have any."""
+        return [index for index, i in enumerate(self.ids) if any(not a.get("iscrowd") for a in self.coco.imgToAnns[i])]
+
+
+def instances(boxes, labels, masks):
+    """Detection's target, as torchvision's Mask R-CNN takes it: boxes (n, 4), left, top, right, bottom in pixels;
+    labels (n,) from 1; masks (n, H, W)."""
+    boxes = tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=masks.shape[1:])
+    return dict(boxes=boxes, labels=labels, masks=tv_tensors.Mask(masks.to(torch.uint8)))
+
+
 def label_subset(targets, fraction, seed):
     """Indices of a random `fraction` of the images, the same number of each class (at least one)."""
     order = np.random.default_rng(seed).permutation(len(targets))
@@ -187,6 +327,14 @@ class Each(T.Compose):
     @staticmethod
     def finish(batch):
         return batch
+
+
+class Joint(Each):
+    """Image and target under the same draws."""
+
+    def __call__(self, image, target):
+        image, target = super().__call__(image, target)
+        return to_pixels(image), target
 
 
 def pretrain_transform(size, crop_min=0.08, jitter=0.4, form="image"):
@@ -242,6 +390,42 @@ def finetune_transform(size, crop_min=0.08, magnitude=27, erasing=0.25, form="im
                  to_pixels, *([T.RandomErasing(erasing, value="random")] if erasing else [])])
 
 
+class VariedCrop(T.RandomCrop):
+    """A random crop, drawn again, up to ten times, while one class has three quarters of it (mmsegmentation, so BEiT)."""
+
+    def forward(self, *pair):
+        for _ in range(10):
+            image, labels = super().forward(*pair)
+            counts = labels[labels > 0].unique(return_counts=True)[1]
+            if len(counts) > 1 and counts.max() < 0.75 * counts.sum():
+                break
+        return image, labels
+
+
+def segmentation_transform(size):
+    """BEiT's (mmsegmentation's for ADE20K): the shorter side to 0.5…2 × size, crop, flip, photometric distortion: each
+    kind at even odds, brightness by a factor where that adds."""
+    jitters = [T.ColorJitter(brightness=32 / 255), T.ColorJitter(contrast=0.5), T.ColorJitter(saturation=0.5),
+               T.ColorJitter(hue=18 / 180)]
+    return Joint([T.RandomResize(size // 2, 2 * size), VariedCrop(size, pad_if_needed=True, fill={tv_tensors.Mask: 0, "others": 128}),
+                  T.RandomHorizontalFlip(), *(T.RandomApply([jitter]) for jitter in jitters), T.ToPureTensor()])
+
+
+def segmentation_eval_transform(size):
+    """The image's shorter side to size, its longer at most four times that (BEiT's 2048 × 512); labels stay as they are."""
+    def transform(image, labels):
+        short, long = sorted(image.size)
+        scale = min(size / short, 4 * size / long)
+        return T.functional.resize(image, [round(image.height * scale), round(image.width * scale)]), labels
+    return Joint([transform, T.ToPureTensor()])
+
+
+def detection_transform(train):
+    """Flip where it trains; sizes are the model's business. Boxes are cut to the image, those under a pixel left out."""
+    return Joint([*([T.RandomHorizontalFlip()] if train else []), T.ClampBoundingBoxes(), T.SanitizeBoundingBoxes(),
+                  T.ToPureTensor()])
+
+
 def eval_transform(size, crop=0.875):
     """The shorter side to size / crop, then the centre; crop = 1 for images that come at their size."""
     return T.Compose([T.Resize(round(size / crop), BICUBIC), T.CenterCrop(size), to_pixels])
@@ -280,7 +464,7 @@ class Samples(Dataset):
         seed = derive_seed(self.seed, epoch, index)
         random.seed(seed)                                  # block masks
         torch.default_generator.manual_seed(seed)          # torchvision's transforms; manual_seed would touch CUDA too
-        return self.transform(image), label
+        return self.transform(image, label) if isinstance(self.transform, Joint) else (self.transform(image), label)
 
 
 class GlobalBatches(Sampler):
@@ -316,31 +500,40 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_loader(samples, batches, workers):
-    return DataLoader(samples, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals,
+def as_lists(batch):
+    """Collates images of any sizes: a list of them, a list of their targets."""
+    return tuple(map(list, zip(*batch)))
+
+
+def make_loader(samples, batches, workers, collate=None):
+    return DataLoader(samples, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals, collate_fn=collate,
                       pin_memory=torch.cuda.is_available(), generator=torch.Generator())
 
 
 def to_device(batch, device):
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
     return [to_device(part, device) for part in batch]
 
 
-def train_loader(dataset, transform, args, micro_batch, start, stop, device, indices=None):
+def train_loader(dataset, transform, args, micro_batch, start, stop, device, indices=None, collate=None):
     """Batches (what the transform makes, labels) on the device, for the whole run, from step `start` on: workers live
     through all epochs."""
     indices = range(len(dataset)) if indices is None else indices
     batches = GlobalBatches(indices, args.batch_size, micro_batch, start, stop, args.seed)
     samples = Samples(dataset, transform, args.seed)
+    if args.augment == "batch" and isinstance(transform, Joint):
+        raise InputError("--augment batch: not for images that have masks or boxes; --augment image")
     if args.augment == "batch" and start < stop:
         samples.hold(indices)
-    for inputs, labels in make_loader(samples, batches, args.workers):
-        yield transform.finish(to_device(inputs, device)), labels.to(device, non_blocking=True)
+    for inputs, labels in make_loader(samples, batches, args.workers, collate):
+        yield transform.finish(to_device(inputs, device)), to_device(labels, device)
 
 
-def eval_loader(dataset, transform, batch_size, workers, indices=None):
+def eval_loader(dataset, transform, batch_size, workers, indices=None, collate=None):
     """Every image exactly once over all ranks, with no padding: each rank its own share."""
     keys = [(0, i) for i in (range(len(dataset)) if indices is None else indices)][rank()::world_size()]
     batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
-    return make_loader(Samples(dataset, transform, 0), batches, workers)
+    return make_loader(Samples(dataset, transform, 0), batches, workers, collate)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import data
 import runtime
-from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, VisionTransformer, load_backbone, param_groups
+from model import SIZES, param_groups, transfer
 
 RECIPES = {
     "paper": dict(                          # PeCo: 100 epochs, 20 of warm-up to 4e-3, layer decay 0.65; the rest BEiT's base
@@ -76,38 +76,17 @@ def get_args(argv=None):
 
 def build(args, classes):
     """The ViT that --init asks for → (model, its arguments, digest of --init). classes = 0: its features only."""
+    state = runtime.load_checkpoint(args.init) if args.init != "none" else {}
     own = dict(SIZES[args.model], patch_size=args.patch_size, positions="block", layer_scale=args.layer_scale)
-    weights = digest = None
-    if args.init != "none":
-        state = runtime.load_checkpoint(args.init)
-        digest = state.pop("digest", None)
-        if state.get("stage"):
-            if state["stage"] == "tokenizer":
-                raise runtime.InputError(f"--init {args.init}: found a checkpoint of tokenizer, expected one of teacher, "
-                                         "pretrain or finetune")
-            own, weights = dict(state["model_args"]), state["model"]
-            if "ema" in state:                                      # what was evaluated in training
-                weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
-        else:                                                       # another project's file: --model names its size
-            weights = state.get("model", state.get("state_dict", state))
-            prefix = "module.base_encoder."                         # MoCo v3's
-            weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)} or weights
-            if "pos_embed" in weights:
-                own.update(positions="absolute", layer_scale=0.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    own.pop("codes", None)
-    if own["positions"] == "shared":                                # BEiT: one bias for each block from here on
-        own["positions"] = "block"
-    own.update(image_size=args.image_size, drop_path=args.drop_path, classes=classes,
-               pool=own.get("pool", args.pool) if args.eval else args.pool)
-    model = VisionTransformer(**own)
+    pool = state.get("model_args", {}).get("pool", args.pool) if args.eval else args.pool
     try:
-        missing = load_backbone(model, weights) if weights else []
+        model, own, missing = transfer(state, own, image_size=args.image_size, drop_path=args.drop_path, classes=classes, pool=pool)
     except runtime.InputError as error:
         raise runtime.InputError(f"--init {args.init}: {error}") from error
-    if args.eval and (missing or not weights):
-        raise runtime.InputError(f"--init {args.init}: no classifier of {classes} classes in it (it lacks {', '.join(missing)}): "
+    if args.eval and missing:
+        raise runtime.InputError(f"--init {args.init}: no classifier of {classes} classes in it (it lacks {', '.join(missing[:3])}): "
                                  "fine-tune it first, or name a run that was")
-    return model, own, digest
+    return model, own, state.get("digest")
 
 
 def val_loader(args, dataset, indices=None):
@@ -191,17 +170,9 @@ def probe(args, model, dataset, indices, val, val_indices, device):
     train, labels = extract(args, model, dataset, device, indices)
     features, targets = extract(args, model, val, device, val_indices)
     if runtime.rank():
-        return None
+        return {}
     predictions = (knn if args.probe == "knn" else linear_probe)(train, labels, features, len(val.classes))
     return dict(probe=args.probe, top1=100 * (predictions == targets).float().mean().item(), images=len(targets))
-
-
-def report(args, row):
-    """An evaluation without training goes to the log of --output all the same."""
-    if runtime.rank() == 0:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
-        runtime.log(args, init=args.init, split="holdout" if args.holdout else "val", **row)
-    return row
 
 
 # ------------------------------------------------------------------------------------------------
@@ -218,10 +189,11 @@ def main(args):
     if args.holdout:
         val, val_indices = dataset, data.label_subset(dataset.targets, args.holdout, HOLDOUT_SEED)
         indices = sorted(set(indices).difference(val_indices))
+    of = dict(init=args.init, split="holdout" if args.holdout else "val")
     if args.eval:
-        return report(args, evaluate(args, model, val, device, val_indices))
+        return runtime.report(args, evaluate(args, model, val, device, val_indices), **of)
     if args.probe:
-        return report(args, probe(args, model.eval(), dataset, indices, val, val_indices, device))
+        return runtime.report(args, probe(args, model.eval(), dataset, indices, val, val_indices, device), **of)
 
     epoch_steps, steps = runtime.total_steps(args, len(indices))
     groups = param_groups(model, args.weight_decay, args.layer_decay)

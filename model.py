@@ -11,6 +11,7 @@ Shapes, at the right margin:
 Conventions: pixels are in [-1, 1] (data.py makes them so); masks are True where a patch is masked;
 patches and codes run row by row from the top left.
 """
+import functools
 import math
 import random
 
@@ -41,28 +42,36 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # Mo
 # ------------------------------------------------------------------------------------------------
 # Vision Transformer. Module and parameter names are BEiT's own, so that its files load unchanged.
 
-def relative_position_index(grid):
+def relative_position_index(h, w, device=None):
     """Row of the bias table for each pair of tokens (BEiT, sec. 2.2), class token first → (1+N, 1+N)."""
-    ys, xs = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    ys, xs = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
     y, x = ys.flatten(), xs.flatten()                                               # (N,)
-    dy, dx = y[:, None] - y[None, :] + grid - 1, x[:, None] - x[None, :] + grid - 1  # (N, N), from 0
-    last = (2 * grid - 1) ** 2 + 2
-    index = torch.full((grid * grid + 1, grid * grid + 1), last)                    # class → class
-    index[1:, 1:] = dy * (2 * grid - 1) + dx
+    dy, dx = y[:, None] - y[None, :] + h - 1, x[:, None] - x[None, :] + w - 1       # (N, N), from 0
+    last = (2 * h - 1) * (2 * w - 1) + 2
+    index = torch.full((h * w + 1, h * w + 1), last, device=device)                 # class → class
+    index[1:, 1:] = dy * (2 * w - 1) + dx
     index[0, 1:] = last - 2                                                         # class → patch
     index[1:, 0] = last - 1                                                         # patch → class
     return index
 
 
+cached_position_index = functools.lru_cache(maxsize=1)(relative_position_index)  # of an image's size, for all blocks
+
+
 def add_position_bias(module, grid, heads):
     """Give a module a learned bias for each relative position and head."""
+    module.grid = grid
     module.relative_position_bias_table = nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, heads))
-    module.register_buffer("relative_position_index", relative_position_index(grid), persistent=False)
+    module.register_buffer("relative_position_index", relative_position_index(grid, grid), persistent=False)
 
 
-def position_bias(module):
-    """What add_position_bias gave it, for the attention's logits → (1, heads, 1+N, 1+N)."""
-    return module.relative_position_bias_table[module.relative_position_index].permute(2, 0, 1).unsqueeze(0)
+def position_bias(module, h, w):
+    """What add_position_bias gave it, for the logits of h × w patches, interpolated to them where they are
+    others → (1, heads, 1+N, 1+N)."""
+    table, index = module.relative_position_bias_table, module.relative_position_index
+    if (h, w) != (module.grid, module.grid):
+        table, index = resize_position_bias(table, h, w), cached_position_index(h, w, table.device)
+    return table[index].permute(2, 0, 1).unsqueeze(0)
 
 
 class RelativePositionBias(nn.Module):
@@ -72,8 +81,8 @@ class RelativePositionBias(nn.Module):
         super().__init__()
         add_position_bias(self, grid, heads)
 
-    def forward(self):
-        return position_bias(self)
+    def forward(self, h, w):
+        return position_bias(self, h, w)
 
 
 class Attention(nn.Module):
@@ -91,12 +100,12 @@ class Attention(nn.Module):
             self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, shared_bias=None):
+    def forward(self, x, grid, shared_bias=None):
         bias = self.qkv.bias
         if bias is None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        logits_bias = position_bias(self) if self.positions == "block" else shared_bias
+        logits_bias = position_bias(self, *grid) if self.positions == "block" else shared_bias
         if logits_bias is not None:
             logits_bias = logits_bias.to(q.dtype)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=logits_bias)          # (B, heads, 1+N, D/heads)
@@ -128,9 +137,9 @@ class Block(nn.Module):
             self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
             self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
 
-    def forward(self, x, shared_bias=None):
+    def forward(self, x, grid, shared_bias=None):
         gamma_1, gamma_2 = (self.gamma_1, self.gamma_2) if self.layer_scale else (1.0, 1.0)
-        x = x + self.drop_path(gamma_1 * self.attn(self.norm1(x), shared_bias))
+        x = x + self.drop_path(gamma_1 * self.attn(self.norm1(x), grid, shared_bias))
         return x + self.drop_path(gamma_2 * self.mlp(self.norm2(x)))
 
 
@@ -146,7 +155,8 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """BEiT's ViT, or MoCo v3's with positions="absolute".
 
-    image_size, patch_size: pixels; dim, depth, heads: see SIZES.
+    image_size, patch_size: pixels; dim, depth, heads: see SIZES. Images of any other size are taken too:
+        padded to whole patches (grey, on the right and below), positions interpolated.
     positions: "shared" relative position bias (BEiT's pre-training), one for each "block" (BEiT's
         fine-tuning), or "absolute": fixed sine-cosine (MoCo v3).
     layer_scale: its initial value, 0 for none. drop_path: rate of the last block, rising from 0.
@@ -163,7 +173,7 @@ class VisionTransformer(nn.Module):
         if image_size % patch_size:
             raise InputError(f"image size {image_size} is no multiple of patch size {patch_size}: "
                              f"try {image_size // patch_size * patch_size or patch_size}")
-        self.grid, self.image_size, self.pool = image_size // patch_size, image_size, pool
+        self.grid, self.image_size, self.patch_size, self.pool = image_size // patch_size, image_size, patch_size, pool
         self.checkpoint_activations = False
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -208,26 +218,34 @@ class VisionTransformer(nn.Module):
 
     def tokens(self, images, layers, mask=None):
         """Tokens after the named blocks, counted from 1: list of (B, 1+N, D)."""
+        h, w = self.grid_of(images)
+        bottom, right = h * self.patch_size - images.shape[2], w * self.patch_size - images.shape[3]
+        if bottom or right:
+            images = F.pad(images, (0, right, 0, bottom))
         x = self.patch_embed(((images + 1) / 2 - self.mean) / self.std)              # (B, N, D)
         if mask is not None:
             x = torch.where(mask.flatten(1).unsqueeze(-1), self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1)    # (B, 1+N, D)
         if self.absolute:
-            x = x + self.pos_embed
-        bias = self.rel_pos_bias() if self.rel_pos_bias is not None else None       # one for all blocks
+            x = x + (self.pos_embed if (h, w) == (self.grid, self.grid) else resize_positions(self.pos_embed, h, w))
+        bias = self.rel_pos_bias(h, w) if self.rel_pos_bias is not None else None   # one for all blocks
         outputs = {}
         for layer, block in enumerate(self.blocks[:max(layers)], 1):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, bias, use_reentrant=False)
+                x = checkpoint(block, x, (h, w), bias, use_reentrant=False)
             else:
-                x = block(x, bias)
+                x = block(x, (h, w), bias)
             if layer in layers:
                 outputs[layer] = x
         return [outputs[layer] for layer in layers]
 
+    def grid_of(self, images):
+        """Patches of images (B, 3, H, W), down and across: (h, w)."""
+        return tuple(-(-side // self.patch_size) for side in images.shape[2:])
+
     def features(self, images, layers):
         """Patch features after the named blocks, counted from 1: list of (B, D, h, w)."""
-        return [x[:, 1:].mT.unflatten(2, (self.grid, self.grid)) for x in self.tokens(images, layers)]
+        return [x[:, 1:].mT.unflatten(2, self.grid_of(images)) for x in self.tokens(images, layers)]
 
     def forward(self, images, mask=None):
         x = self.tokens(images, [len(self.blocks)], mask)[0]
@@ -248,27 +266,55 @@ def sincos_positions(grid, dim):
     return torch.cat([torch.zeros(1, dim), patches]).unsqueeze(0)
 
 
-def param_groups(model, weight_decay, layer_decay=1.0):
+def param_groups(model, weight_decay, layer_decay=1.0, vit=""):
     """Optimizer groups with names and an "lr_scale", as BEiT makes them.
 
     No weight decay on vectors and on the class and position embeddings. A block's lr is that of the
     head times layer_decay for each layer between: embeddings are layer 0, block i (from 1) layer i,
     what follows the blocks the last, depth + 1; the shared position bias counts as the last too.
+    vit: name of the ViT in the model where the model is more; the rest of it counts as the last.
     """
-    depth, groups = len(model.blocks), {}
+    depth, groups, prefix = len(model.get_submodule(vit).blocks), {}, vit and f"{vit}."
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if name.startswith("blocks."):
-            layer = int(name.split(".")[1]) + 1
+        own = name.removeprefix(prefix) if name.startswith(prefix) else ""
+        if own.startswith("blocks."):
+            layer = int(own.split(".")[1]) + 1
         else:
-            embeds = name.startswith(("patch_embed", "cls_token", "mask_token", "pos_embed"))
+            embeds = own.startswith(("patch_embed", "cls_token", "mask_token", "pos_embed"))
             layer = 0 if embeds else depth + 1
-        decay = 0.0 if parameter.ndim == 1 or name in ("cls_token", "pos_embed") else weight_decay
+        decay = 0.0 if parameter.ndim == 1 or own in ("cls_token", "pos_embed") else weight_decay
         group = groups.setdefault((layer, decay), dict(
             params=[], weight_decay=decay, lr_scale=layer_decay ** (depth + 1 - layer)))
         group["params"].append((name, parameter))
     return list(groups.values())
+
+
+def transfer(state, arguments, **task):
+    """A ViT for a new task from another's checkpoint: of teacher.py, pretrain.py or finetune.py, or a file of timm's,
+    BEiT's or MoCo v3's → (the ViT, its arguments, names of the weights that are not in the checkpoint).
+
+    state: the checkpoint's dict; {}: all weights are random. arguments: of VisionTransformer, where the checkpoint
+    does not say; task: arguments of the new one. Raises InputError where the checkpoint is of something else.
+    """
+    if state.get("stage") in ("teacher", "pretrain", "finetune"):
+        arguments, weights = state["model_args"], state["model"]
+        if "ema" in state:                                                          # what was evaluated in training
+            weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
+    elif state.get("stage"):
+        raise InputError(f"found a checkpoint of {state['stage']}, expected one of teacher, pretrain or finetune")
+    else:
+        weights = state.get("model", state.get("state_dict", state))
+        prefix = "module.base_encoder."                                             # MoCo v3's
+        weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)} or weights
+        if "pos_embed" in weights:
+            arguments = dict(arguments, positions="absolute", layer_scale=0.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    arguments = {k: v for k, v in arguments.items() if k != "codes"} | task
+    if arguments["positions"] == "shared":                          # BEiT: one bias for each block from here on
+        arguments["positions"] = "block"
+    model = VisionTransformer(**arguments)
+    return model, arguments, load_backbone(model, weights) if weights else list(model.state_dict())
 
 
 def load_backbone(model, state):
@@ -288,12 +334,9 @@ def load_backbone(model, state):
                 state[key] = shared
     for key in [k for k in state if k in own and state[k].shape != own[k].shape]:
         if key.endswith("relative_position_bias_table") and state[key].shape[1] == own[key].shape[1]:
-            state[key] = resize_position_bias(state[key], own[key].shape[0])
+            state[key] = resize_position_bias(state[key], model.grid, model.grid)
         elif key == "pos_embed":
-            old = sincos_positions(math.isqrt(state[key].shape[1] - 1), state[key].shape[2])
-            if not torch.allclose(state[key], old, atol=1e-4):
-                raise InputError("its position embedding is learned and of another grid: keep its --image-size")
-            state[key] = own[key]                                                   # a fixed function of the grid
+            state[key] = resize_positions(state[key], model.grid, model.grid)
         elif key.startswith(heads):
             del state[key]
         else:
@@ -307,14 +350,43 @@ def load_backbone(model, state):
     return missing
 
 
-def resize_position_bias(table, rows):
-    """Bicubic interpolation of a bias table (rows, heads) to another grid's number of rows (our choice:
-    BEiT interpolates along a geometric sequence); the three rows of the class token stay."""
+def resize_position_bias(table, h, w):
+    """A square grid's bias table, of (2g − 1)² + 3 rows, for h × w patches, bicubic (our choice: BEiT
+    interpolates along a geometric sequence); the three rows of the class token stay."""
     patches, special = table[:-3], table[-3:]
-    old, new = math.isqrt(len(patches)), math.isqrt(rows - 3)
-    image = patches.float().T.unflatten(1, (old, old)).unsqueeze(0)                 # (1, heads, old, old)
-    image = F.interpolate(image, (new, new), mode="bicubic", align_corners=True)
+    image = patches.float().T.unflatten(1, (math.isqrt(len(patches)), -1)).unsqueeze(0)  # (1, heads, 2g−1, 2g−1)
+    image = F.interpolate(image, (2 * h - 1, 2 * w - 1), mode="bicubic", align_corners=True)
     return torch.cat([image[0].flatten(1).T.to(table.dtype), special])
+
+
+def resize_positions(embedding, h, w):
+    """A square grid's position embedding (1, 1+N, D) for h × w patches, bicubic."""
+    cls_token, patches = embedding[:, :1], embedding[:, 1:]
+    image = patches.mT.unflatten(2, (math.isqrt(patches.shape[1]), -1))             # (1, D, g, g)
+    image = F.interpolate(image, (h, w), mode="bicubic")
+    return torch.cat([cls_token, image.flatten(2).mT], 1)
+
+
+class ViTPyramid(nn.Module):
+    """A ViT's patch maps at a quarter, half, once and twice the patches' stride, for dense prediction (BEiT's
+    segmentation): images (B, 3, H, W) → four of (B, D, ·, ·).
+
+    They are tapped after blocks 4, 6, 8 and 12 of 12, in that proportion at other depths. GroupNorm stands in
+    for BEiT's SyncBatchNorm [ours]: a step is the same however its batch is split.
+    """
+
+    def __init__(self, vit):
+        super().__init__()
+        depth, dim = len(vit.blocks), vit.cls_token.shape[-1]
+        vit.norm = nn.Identity()                                                    # blocks' outputs are not normalised
+        self.vit, self.layers = vit, [max(1, round(depth * i / 12)) for i in (4, 6, 8, 12)]
+        self.up4 = nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, 2), nn.GroupNorm(dim // 16, dim), nn.GELU(),
+                                 nn.ConvTranspose2d(dim, dim, 2, 2))
+        self.up2 = nn.ConvTranspose2d(dim, dim, 2, 2)
+
+    def forward(self, images):
+        first, second, third, fourth = self.vit.features(images, self.layers)
+        return [self.up4(first), self.up2(second), third, F.max_pool2d(fourth, 2)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -542,7 +614,7 @@ class VQTokenizer(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# The perceptual loss, and the adversarial one of the paper's ablation
+# The perceptual loss
 
 # Of torchvision's networks: the five stages' last activations as in LPIPS, the four residual stages.
 CONVNET_LAYERS = {
@@ -595,15 +667,3 @@ class PerceptualLoss(nn.Module):
         with torch.no_grad():
             target = self.features(x)
         return sum(F.mse_loss(f_hat, f) for f, f_hat in zip(target, self.features(x_hat)))
-
-
-class PatchDiscriminator(nn.Sequential):
-    """PatchGAN as in VQGAN, with GroupNorm for its BatchNorm [ours]: images → logits (B, 1, h, w)."""
-
-    def __init__(self, channels=64):
-        layers = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for _ in range(2):
-            layers += [nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1),
-                       nn.GroupNorm(channels // 8, 2 * channels), nn.LeakyReLU(0.2)]
-            channels *= 2
-        super().__init__(*layers, nn.Conv2d(channels, 1, 4, padding=1))

@@ -79,6 +79,8 @@ def parse(p, recipes, argv=None):
     p.set_defaults(**recipes[name])
     args = p.parse_args(argv)
     args.lr *= args.batch_size / recipes[name]["batch_size"]
+    if args.epochs and args.steps == recipes[name].get("steps"):
+        args.steps = None                                  # --epochs over a recipe in steps
     for key, value in vars(args).items():
         if isinstance(value, str):
             setattr(args, key, value.replace("RECIPE", name))
@@ -316,6 +318,13 @@ def resume(args, modules, optimizer):
                          "it must lie on storage that all machines share")
     log(args, args=vars(args), world_size=world_size(), hardware=hardware(), torch=torch.__version__, step=step)
     return step, best
+
+
+def report(args, row, **context):
+    """An evaluation without training goes to the log of --output all the same."""
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    log(args, **context, **row)
+    return row
 
 
 def log(args, /, **row):

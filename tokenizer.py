@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import data
 import runtime
-from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, PatchDiscriminator, PerceptualLoss, VisionTransformer, VQTokenizer
+from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, PerceptualLoss, VisionTransformer, VQTokenizer
 
 RECIPES = {
     "paper": dict(                                                  # PeCo, as recalled, unless marked
@@ -60,6 +60,18 @@ def get_args(argv=None):
     p.add_argument("--crop-min", type=float, help="smallest random crop, share of the image's area")
     p.add_argument("--eval-crop", type=float, help="centre crop, share of the side")
     return runtime.parse(p, RECIPES, argv)
+
+
+class PatchDiscriminator(nn.Sequential):
+    """PatchGAN as in VQGAN, with GroupNorm for its BatchNorm (our choice): images → logits (B, 1, h, w)."""
+
+    def __init__(self, channels=64):
+        layers = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for _ in range(2):
+            layers += [nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1),
+                       nn.GroupNorm(channels // 8, 2 * channels), nn.LeakyReLU(0.2)]
+            channels *= 2
+        super().__init__(*layers, nn.Conv2d(channels, 1, 4, padding=1))
 
 
 def perceptual_network(source):

@@ -12,20 +12,27 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import detect
 import finetune
 import pretrain
+import segment
 import teacher
 import tokenizer
 
 torch.set_num_threads(1)                                   # bits depend on it; the tensors are too small to share out
 
-STAGES = {module.__name__: module for module in (teacher, tokenizer, pretrain, finetune)}
+STAGES = {module.__name__: module for module in (teacher, tokenizer, pretrain, finetune, segment)}
+if detect.COCO is not None:                                # pycocotools is optional
+    STAGES["detect"] = detect
 # an epoch is 4 steps, the run 6: one evaluation in its midst, one at its end
 COMMON = ["--recipe", "demo", "--data", "synthetic:64", "--batch-size", "16", "--steps", "6", "--log-every", "2",
           "--save-every", "1", "--workers", "0", "--amp", "fp32"]
 # whatever is random is on: revived codes, drop path, mixing
 OWN = {"teacher": [], "tokenizer": ["--codebook-size", "32", "--decay", "0.8", "--revive", "0.3"],
-       "pretrain": ["--drop-path", "0.1"], "finetune": ["--label-fraction", "1", "--mixup", "0.8", "--drop-path", "0.1"]}
+       "pretrain": ["--drop-path", "0.1"], "finetune": ["--label-fraction", "1", "--mixup", "0.8", "--drop-path", "0.1"],
+       "segment": ["--image-size", "32", "--drop-path", "0.1"],
+       "detect": ["--image-size", "32", "--min-size", "24", "--max-size", "32", "--channels", "16", "--boxes", "16",
+                  "--drop-path", "0.1"]}
 
 
 def end_workers():
@@ -62,7 +69,7 @@ def signals():
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
-    """The four stages, trained once: .root is the folder of all, .teacher, .tokenizer, … are their runs,
+    """All stages, trained once: .root is the folder of all, .teacher, .tokenizer, … are their runs,
     .inputs the flags by which a stage run elsewhere reads the one before."""
     root, before = tmp_path_factory.mktemp("chain"), os.getcwd()
     os.chdir(root)
@@ -73,5 +80,6 @@ def chain(tmp_path_factory):
         os.chdir(before)
     runs = {stage: root / "runs" / "demo" / stage for stage in STAGES}
     inputs = {"teacher": [], "tokenizer": ["--perceptual", str(runs["teacher"])],
-              "pretrain": ["--tokenizer", str(runs["tokenizer"])], "finetune": ["--init", str(runs["pretrain"])]}
+              "pretrain": ["--tokenizer", str(runs["tokenizer"])],
+              **{stage: ["--init", str(runs["pretrain"])] for stage in ("finetune", "segment", "detect")}}
     return SimpleNamespace(root=root, inputs=inputs, **runs)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from model import (IMAGENET_MEAN, IMAGENET_STD, PatchDiscriminator, PerceptualLoss, Quantizer, RelativePositionBias,
-                   VisionTransformer, VQTokenizer, block_mask, load_backbone, param_groups, relative_position_index,
-                   resize_position_bias, sincos_positions)
+from model import (IMAGENET_MEAN, IMAGENET_STD, PerceptualLoss, Quantizer, RelativePositionBias,
+                   VisionTransformer, ViTPyramid, VQTokenizer, block_mask, load_backbone, param_groups, position_bias,
+                   relative_position_index, resize_position_bias, resize_positions, sincos_positions)
+from tokenizer import PatchDiscriminator
 
 
 def seeded(seed=0):
@@ -298,7 +299,7 @@ def test_perceptual_loss_against_a_plain_loop():
         tokens = torch.cat([network.cls_token.expand(2, -1, -1), tokens], 1) + network.pos_embed
         after = []
         for block in network.blocks:
-            tokens = block(tokens)
+            tokens = block(tokens, (4, 4))
             after.append(tokens[:, 1:].transpose(1, 2).reshape(2, 32, 4, 4))
         maps.append([after[0], after[2]])
     assert math.isclose(loss(x, x_hat).item(), plain_perceptual(*maps), rel_tol=1e-4)
@@ -477,7 +478,7 @@ def test_blocks_are_rectangles_of_legal_size_and_aspect():
 
 def test_relative_position_index_against_a_double_loop():
     grid = 3
-    index, side = relative_position_index(grid), 2 * grid - 1
+    index, side = relative_position_index(grid, grid), 2 * grid - 1
     for i in range(grid * grid):
         for j in range(grid * grid):
             dy, dx = i // grid - j // grid, i % grid - j % grid
@@ -489,7 +490,7 @@ def test_relative_position_index_against_a_double_loop():
 def test_relative_position_bias_looks_up_the_table():
     bias = RelativePositionBias(3, 2)
     torch.nn.init.normal_(bias.relative_position_bias_table, generator=seeded())
-    out, index = bias(), relative_position_index(3)
+    out, index = bias(3, 3), relative_position_index(3, 3)
     assert out.shape == (1, 2, 10, 10)
     for head in range(2):
         for i in range(10):
@@ -503,19 +504,55 @@ def table(grid, heads=2):
 
 def test_position_bias_interpolation():
     own = table(4)
-    assert torch.allclose(resize_position_bias(own, len(own)), own, atol=1e-6)              # the same size
-    for grid in (3, 7):
-        rows = (2 * grid - 1) ** 2 + 3
-        resized = resize_position_bias(own, rows)
+    assert torch.allclose(resize_position_bias(own, 4, 4), own, atol=1e-6)                  # the same size
+    for h, w in ((3, 3), (7, 7), (3, 6), (5, 2)):
+        rows = (2 * h - 1) * (2 * w - 1) + 3
+        resized = resize_position_bias(own, h, w)
         assert resized.shape == (rows, 2) and torch.equal(resized[-3:], own[-3:])           # the class token's
-        constant = resize_position_bias(torch.full_like(own, 0.7), rows)
+        constant = resize_position_bias(torch.full_like(own, 0.7), h, w)
         assert torch.allclose(constant, torch.full_like(constant, 0.7), atol=1e-6)
         symmetric = torch.cat([own[:-3] + own[:-3].flip(0), own[-3:]])                      # (dy, dx) as (−dy, −dx)
-        resized = resize_position_bias(symmetric, rows)[:-3]
+        resized = resize_position_bias(symmetric, h, w)[:-3]
         assert torch.allclose(resized, resized.flip(0), atol=1e-5)
         # distance 0 stays distance 0, and the farthest the farthest
-        assert torch.allclose(resize_position_bias(own, rows)[(rows - 3) // 2], own[(len(own) - 3) // 2], atol=1e-5)
-        assert torch.allclose(resize_position_bias(own, rows)[0], own[0], atol=1e-5)
+        assert torch.allclose(resize_position_bias(own, h, w)[(rows - 3) // 2], own[(len(own) - 3) // 2], atol=1e-5)
+        assert torch.allclose(resize_position_bias(own, h, w)[0], own[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["shared", "block", "absolute"])
+def test_images_of_any_size(positions):
+    """Positions interpolated; whole patches by padding with grey, which is 0."""
+    model = tiny_vit(positions=positions)
+    images = pixels(2, 3, 13, 22)
+    features = model.features(images, [1, 2])
+    assert [f.shape for f in features] == [(2, 32, 4, 6)] * 2
+    padded = F.pad(images, (0, 2, 0, 3))
+    assert torch.equal(model.features(padded, [2])[0], features[1])
+
+
+def test_pyramid_of_a_vit():
+    """Strides p/4 to 2p, after blocks 4, 6, 8 and 12 of 12 and in that proportion."""
+    pyramid = ViTPyramid(tiny_vit(depth=4))
+    assert pyramid.layers == [1, 2, 3, 4]
+    assert [tuple(f.shape) for f in pyramid(pixels(2, 3, 16, 22))] == [(2, 32, 16, 24), (2, 32, 8, 12), (2, 32, 4, 6), (2, 32, 2, 3)]
+    assert ViTPyramid(tiny_vit(depth=12)).layers == [4, 6, 8, 12] and ViTPyramid(tiny_vit(depth=24)).layers == [8, 12, 16, 24]
+    images = pixels(1, 3, 16, 16)
+    third, fourth = pyramid.vit.features(images, [3, 4])
+    assert torch.equal(pyramid(images)[2], third) and torch.equal(pyramid(images)[3], F.max_pool2d(fourth, 2))
+
+
+@pytest.mark.parametrize("positions", ["shared", "block"])
+def test_interpolated_bias_keeps_its_axes(positions):
+    """A bias that depends on the row's distance alone still does on a grid of another shape."""
+    model = tiny_vit(positions=positions)
+    module = model.rel_pos_bias if positions == "shared" else model.blocks[0].attn
+    side = 2 * module.grid - 1
+    with torch.no_grad():
+        module.relative_position_bias_table[:-3] = torch.arange(side).repeat_interleave(side)[:, None].float()
+    bias = position_bias(module, 3, 6)[0, 0, 1:, 1:].view(3, 6, 3, 6)                       # query row, column; key row, column
+    assert torch.allclose(bias, bias[:, :1, :, :1].expand_as(bias), atol=1e-5)
+    rows = bias[:, 0, :, 0]
+    assert (rows[1:] > rows[:-1]).all() and (rows[:, 1:] < rows[:, :-1]).all()
 
 
 def test_sine_cosine_positions():
@@ -558,23 +595,21 @@ def test_backbone_loads_at_another_image_size():
     source, target = tiny_vit(codes=8), tiny_vit(image_size=32, positions="block", classes=3)
     load_backbone(target, source.state_dict())
     own = target.blocks[1].attn.relative_position_bias_table
-    assert torch.equal(own, resize_position_bias(source.rel_pos_bias.relative_position_bias_table, len(own)))
+    assert torch.equal(own, resize_position_bias(source.rel_pos_bias.relative_position_bias_table, 8, 8))
     assert target(pixels(2, 3, 32, 32)).shape == (2, 3)
 
 
-def test_fixed_positions_are_made_for_the_new_image_size():
+def test_position_embedding_is_interpolated_to_another_image_size():
     source, target = tiny_vit(positions="absolute"), tiny_vit(image_size=32, positions="absolute", classes=3)
     load_backbone(target, source.state_dict())
-    assert torch.equal(target.pos_embed, sincos_positions(8, 32))
+    assert torch.equal(target.pos_embed, resize_positions(source.pos_embed, 8, 8))
     assert torch.equal(target.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
-
-
-def test_learned_positions_of_another_grid_are_refused():
-    source = tiny_vit(positions="absolute")
-    state = source.state_dict() | {"pos_embed": torch.randn(source.pos_embed.shape, generator=seeded())}
-    load_backbone(tiny_vit(positions="absolute", classes=3), state)         # at their own they are taken
-    with pytest.raises(ValueError, match="position embedding is learned"):
-        load_backbone(tiny_vit(image_size=32, positions="absolute", classes=3), state)
+    # rows stay rows: what is constant along a row still is
+    rows = torch.arange(4.0).repeat_interleave(4)[None, :, None]
+    resized = resize_positions(torch.cat([torch.full((1, 1, 1), -9.0), rows], 1), 3, 5)
+    assert resized.shape == (1, 16, 1) and resized[0, 0] == -9
+    grid = resized[0, 1:, 0].view(3, 5)
+    assert torch.allclose(grid, grid[:, :1].expand(3, 5), atol=1e-5) and (grid[1:] > grid[:-1]).all()
 
 
 def test_classifier_of_the_same_classes_is_kept():

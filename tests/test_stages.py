@@ -1,4 +1,4 @@
-"""The four stages by their command lines: the chain, stopping and going on, what they refuse."""
+"""The stages by their command lines: the chain, stopping and going on, what they refuse."""
 import ast
 import json
 import math
@@ -25,7 +25,7 @@ import tokenizer
 from conftest import COMMON, OWN, ROOT, STAGES, run
 from test_data import make_folder
 
-FLAGS_WITHOUT_DEFAULT = {"steps", "perceptual_layers", "probe", "probe_layer"}
+FLAGS_WITHOUT_DEFAULT = {"steps", "epochs", "perceptual_layers", "probe", "probe_layer"}
 
 
 def log(folder, split=None):
@@ -69,11 +69,12 @@ def test_every_flag_is_read(stage, parsers):
 @pytest.mark.parametrize("stage", STAGES)
 def test_recipes_fill_every_flag_and_no_other(stage, parsers):
     flags, recipes = {action.dest for action in parsers[stage]._actions}, STAGES[stage].RECIPES
-    assert list(recipes) == ["paper", "cifar", "cifar-cpu", "demo"]
+    assert list(recipes) == (["paper", "demo"] if stage in ("segment", "detect") else ["paper", "cifar", "cifar-cpu", "demo"])
     for name, recipe in recipes.items():
         assert set(recipe) <= flags
         args = STAGES[stage].get_args(["--recipe", name])
         assert {key for key, value in vars(args).items() if value is None} <= FLAGS_WITHOUT_DEFAULT
+        assert (args.steps is None) != (args.epochs is None)
         assert args.output == f"runs/{name}/{stage}" and args.lr == recipe["lr"]
 
 
@@ -222,7 +223,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(stage, chain, monkeypatch):
         return sample, label
 
     resume, clean = runtime.resume, data.Samples.__getitem__
-    if stage in ("tokenizer", "finetune"):
+    if stage in ("tokenizer", "finetune", "segment", "detect"):
         left = 64 + 100 + 5                                 # after the evaluation on 100 images at the first epoch's end
     else:
         left = 64 + 5
@@ -474,7 +475,7 @@ def fails(capsys, stage, *flags, before=0):
 
 def test_bad_input_of_every_stage(capsys):
     for stage in STAGES:
-        missing = {"tokenizer": ["--perceptual-weight", "0"], "finetune": ["--init", "none"]}.get(stage, [])
+        missing = {"tokenizer": ["--perceptual-weight", "0"], "teacher": [], "pretrain": []}.get(stage, ["--init", "none"])
         if stage != "pretrain":                             # it looks for its tokenizer first
             assert "nowhere: no such folder" in fails(capsys, stage, "--data", "nowhere", *missing)
             assert "--batch-size 1024" in fails(capsys, stage, "--batch-size", "1024", *missing)

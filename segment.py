@@ -1,0 +1,266 @@
+"""Stage 3b: semantic segmentation. UPerNet (1807.10221) on a pre-trained ViT (PeCo, sec. 4; BEiT).
+
+    python segment.py --recipe demo
+    torchrun --nproc-per-node 8 segment.py
+"""
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import Conv2dNormActivation
+from torchvision.utils import draw_segmentation_masks, save_image
+from tqdm import tqdm
+
+import data
+import runtime
+from model import SIZES, ViTPyramid, VisionTransformer, param_groups, transfer
+
+RECIPES = {
+    "paper": dict(                          # PeCo: UPerNet, 160k iterations, 512 px; the rest BEiT's base, self-supervised
+        data="data/ade20k", classes=150, model="base", image_size=512, patch_size=16, batch_size=16, steps=160_000, lr=7e-4,
+        betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.65, warmup_steps=1500, drop_path=0.1, layer_scale=0.1,
+        aux_weight=0.4, save_every=12),     # 12 epochs are 15,156 steps
+    "demo": dict(                           # our choice
+        data="synthetic:2000", classes=11, model="nano", image_size=64, patch_size=8, batch_size=16, epochs=10, lr=2e-3,
+        betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.75, warmup_steps=50, drop_path=0.0, layer_scale=0.1,
+        aux_weight=0.4, save_every=10),
+}
+
+
+def get_args(argv=None):
+    p = runtime.parser(__doc__, "segment")
+    p.add_argument("--init", default="runs/RECIPE/pretrain", help="run or checkpoint of pretrain.py, finetune.py or teacher.py, "
+                   "a file of BEiT's, timm's or MoCo v3's ViT-B, or none: from scratch; with --eval: a run of segment.py")
+    p.add_argument("--eval", action="store_true", help="only evaluate --init")
+    p.add_argument("--eval-mode", choices=["slide", "whole"], default="slide", help="slide: windows of --image-size, a third of "
+                   "which overlaps, their logits averaged; whole: the image at once")
+    p.add_argument("--classes", type=int, help="of the data set's folder; 0 in its annotations is ignored")
+    p.add_argument("--model", choices=SIZES, help="where --init does not say")
+    p.add_argument("--patch-size", type=int, help="pixels")
+    p.add_argument("--betas", type=float, nargs=2, help="of AdamW")
+    p.add_argument("--weight-decay", type=float)
+    p.add_argument("--layer-decay", type=float, help="the lr of a block is the next one's times this")
+    p.add_argument("--warmup-steps", type=int)
+    p.add_argument("--drop-path", type=float, help="rate of the last block, rising from 0")
+    p.add_argument("--layer-scale", type=float, help="initial value where --init is none; 0: none")
+    p.add_argument("--aux-weight", type=float, help="of the auxiliary head's loss")
+    p.add_argument("--pictures", type=int, default=8, help="validation images that are drawn at each evaluation")
+    p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
+    return runtime.parse(p, RECIPES, argv)
+
+
+# ------------------------------------------------------------------------------------------------
+# The network
+
+def conv(inputs, outputs, kernel):
+    """Convolution, norm, ReLU. GroupNorm stands in for BEiT's SyncBatchNorm (our choice, as in ViTPyramid)."""
+    return Conv2dNormActivation(inputs, outputs, kernel, norm_layer=lambda channels: nn.GroupNorm(channels // 16, channels))
+
+
+def resize(x, size):
+    return F.interpolate(x, size, mode="bilinear")
+
+
+class UPerHead(nn.Module):
+    """Pyramid pooling of the coarsest map, then a feature pyramid, all of it fused at the finest (UPerNet, sec. 3.1);
+    mmsegmentation's form, with as many channels as the ViT is wide (BEiT)."""
+
+    def __init__(self, dim, classes, scales=(1, 2, 3, 6)):
+        super().__init__()
+        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(scale), conv(dim, dim, 1)) for scale in scales)
+        self.pooled = conv((1 + len(scales)) * dim, dim, 3)
+        self.lateral = nn.ModuleList(conv(dim, dim, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(conv(dim, dim, 3) for _ in range(3))
+        self.fuse = conv(4 * dim, dim, 3)
+        self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(dim, classes, 1))
+
+    def forward(self, maps):
+        coarsest = maps[3]
+        top = self.pooled(torch.cat([coarsest, *(resize(pool(coarsest), coarsest.shape[2:]) for pool in self.pools)], 1))
+        pyramid = [top]
+        for level in (2, 1, 0):                                                     # from coarse to fine
+            top = self.lateral[level](maps[level]) + resize(top, maps[level].shape[2:])
+            pyramid.append(self.smooth[level](top))
+        return self.classify(self.fuse(torch.cat([resize(x, maps[0].shape[2:]) for x in pyramid], 1)))
+
+
+class Segmenter(nn.Module):
+    """Images (B, 3, H, W) → logits (B, classes, H, W); in training also those of an auxiliary head, an FCN of 256
+    channels (BEiT) on the third map. vit: a VisionTransformer, or its arguments."""
+
+    def __init__(self, vit, classes):
+        super().__init__()
+        vit = VisionTransformer(**vit) if isinstance(vit, dict) else vit
+        dim = vit.cls_token.shape[-1]
+        self.backbone, self.head = ViTPyramid(vit), UPerHead(dim, classes)
+        self.aux = nn.Sequential(conv(dim, 256, 3), nn.Dropout2d(0.1), nn.Conv2d(256, classes, 1))
+
+    def forward(self, images):
+        vit, (height, width) = self.backbone.vit, images.shape[2:]
+        whole = [n * vit.patch_size for n in vit.grid_of(images)]                   # padded to whole patches
+        maps = self.backbone(images)
+        logits = resize(self.head(maps), whole)[..., :height, :width]
+        return (logits, resize(self.aux(maps[2]), whole)[..., :height, :width]) if self.training else logits
+
+
+def pixel_loss(logits, labels):
+    """Cross-entropy; pixels of label 0 have none, but count in the mean (mmsegmentation, so BEiT)."""
+    return F.cross_entropy(logits.float(), labels.long() - 1, ignore_index=-1, reduction="sum") / labels.numel()
+
+
+def build(args, classes):
+    """The network that --init asks for → (model, its arguments, digest of --init)."""
+    if args.eval:
+        state = runtime.load_checkpoint(args.init, ["segment"])
+        if state["model_args"]["classes"] != classes:
+            raise runtime.InputError(f"--init {args.init}: has {state['model_args']['classes']} classes, --data {args.data} {classes}")
+        model = Segmenter(**state["model_args"])
+        model.load_state_dict(state["model"])
+        return model, state["model_args"], state["digest"]
+    state = runtime.load_checkpoint(args.init) if args.init != "none" else {}
+    own = dict(SIZES[args.model], patch_size=args.patch_size, positions="block", layer_scale=args.layer_scale)
+    try:
+        vit, own, _ = transfer(state, own, image_size=args.image_size, drop_path=args.drop_path, classes=0)
+    except runtime.InputError as error:
+        raise runtime.InputError(f"--init {args.init}: {error}") from error
+    return Segmenter(vit, classes), dict(vit=own, classes=classes), state.get("digest")
+
+
+def schedule(step, total, warmup, peak):
+    """Linear decay to 0 (poly of power 1), times a linear warm-up (BEiT)."""
+    return peak * (1 - step / total) * min(1.0, (step + 1) / max(warmup, 1))
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+
+def slide(model, images, size):
+    """Logits of windows of `size` pixels, two thirds of it apart (BEiT: 341 of 512), averaged where they overlap."""
+    height, width = images.shape[2:]
+    tops, lefts = ([min(start, max(n - size, 0)) for start in range(0, max(n - size, 0) + size * 2 // 3, size * 2 // 3)]
+                   for n in (height, width))
+    total, count = 0.0, torch.zeros(height, width, device=images.device)
+    for top in tops:
+        for left in lefts:
+            place = slice(top, top + size), slice(left, left + size)
+            logits = model(images[:, :, *place]).float()
+            if not count.any():
+                total = logits.new_zeros(*logits.shape[:2], height, width)
+            total[:, :, *place] += logits
+            count[place] += 1
+    return total / count
+
+
+def confusion_matrix(predicted, labels, classes):
+    """Pixels of each true class (row) and predicted class (column); both count from 1, true 0 is ignored."""
+    kept = labels > 0
+    pairs = (labels[kept].long() - 1) * classes + predicted[kept].long() - 1
+    return torch.bincount(pairs, minlength=classes ** 2).view(classes, classes)
+
+
+def scores(confusion):
+    """In %: IoU and accuracy of each class (NaN where it is absent), then mIoU, mean and pixel accuracy."""
+    hits, truth, predicted = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
+    iou, accuracy = 100 * hits / (truth + predicted - hits), 100 * hits / truth
+    return iou, accuracy, dict(miou=iou.nanmean().item(), mean_accuracy=accuracy.nanmean().item(),
+                               pixel_accuracy=(100 * hits.sum() / truth.sum()).item())
+
+
+def draw(images, labels, predicted, classes, path):
+    """Image, truth and prediction side by side."""
+    image = ((resize(images, labels.shape[1:])[0] + 1) * 127.5).clamp(0, 255).byte().cpu()
+    numbers = torch.arange(1, classes + 1)[:, None, None]
+    painted = [draw_segmentation_masks(image, one.cpu() == numbers, alpha=0.6) for one in (labels[0], predicted[0])]
+    save_image(torch.cat([image, *painted], 2) / 255, path)
+
+
+@torch.no_grad()
+def evaluate(args, model, dataset, device):
+    """Scores over every validation image at its own size, counted once whatever the number of ranks; a table of the
+    classes and pictures in --output."""
+    model.eval()
+    classes, autocast, folder = len(dataset.classes), runtime.autocast(args, device), Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+    loader = data.eval_loader(dataset, data.segmentation_eval_transform(args.image_size), 1, args.workers)
+    for number, (images, labels) in enumerate(loader):
+        images, labels = images.to(device), labels.to(device)
+        with autocast:
+            logits = slide(model, images, args.image_size) if args.eval_mode == "slide" else model(images)
+        predicted = resize(logits.float(), labels.shape[1:]).argmax(1) + 1
+        confusion += confusion_matrix(predicted, labels, classes)
+        if runtime.rank() == 0 and number < args.pictures:
+            draw(images, labels, predicted, classes, folder / f"picture-{number}.png")
+    if dist.is_initialized():
+        dist.all_reduce(confusion)
+    model.train()
+    iou, accuracy, row = scores(confusion)
+    if runtime.rank() == 0:
+        lines = [f"| {name} | {i:.1f} | {a:.1f} |\n" for name, i, a in zip(dataset.classes, iou, accuracy)]
+        (folder / "classes.md").write_text("| class | IoU | accuracy |\n| --- | --- | --- |\n" + "".join(lines))
+    return dict(row, images=len(dataset))
+
+
+# ------------------------------------------------------------------------------------------------
+
+def main(args):
+    device, micro_batch = runtime.device(), runtime.micro_batch(args)
+    val = data.load_segmentation(args.data, "val", args.image_size, args.classes)
+    torch.manual_seed(args.seed)
+    model, model_args, args.init_digest = build(args, len(val.classes))
+    model.to(device)
+    if args.eval:
+        return runtime.report(args, evaluate(args, model, val, device), init=args.init, split="val")
+    model.backbone.vit.checkpoint_activations = args.checkpoint_activations
+    dataset = data.load_segmentation(args.data, "train", args.image_size, args.classes)
+    epoch_steps, steps = runtime.total_steps(args, len(dataset))
+    groups = param_groups(model, args.weight_decay, args.layer_decay, vit="backbone.vit")
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas))
+    modules = dict(model=model)
+    start, best = runtime.resume(args, modules, optimizer)
+
+    batches = data.train_loader(dataset, data.segmentation_transform(args.image_size), args, micro_batch, start, steps, device)
+    if args.compile:
+        model.compile()
+    network, autocast, caught = runtime.distribute(model, device), runtime.autocast(args, device), runtime.catch_signals()
+
+    def validate():
+        row = evaluate(args, model, val, device)
+        runtime.log(args, step=done, epoch=done / epoch_steps, split="val", **row)
+        return row["miou"]
+
+    clock, seen, sums = time.time(), 0, {}
+    for step in tqdm(range(start, steps), initial=start, total=steps, disable=None if runtime.rank() == 0 else True):
+        lr = schedule(step, steps, args.warmup_steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        micro_batches = [next(batches) for _ in range(args.accumulate)]
+        torch.manual_seed(runtime.derive_seed(args.seed, step, runtime.rank()))    # dropout, drop path
+        terms = {}
+        for i, (images, labels) in enumerate(micro_batches):                        # labels (B, H, W)
+            network.require_backward_grad_sync = i == args.accumulate - 1          # DDP: all-reduce at the step's end
+            with autocast:
+                logits, aux_logits = network(images)                                # (B, classes, H, W)
+            main_loss, aux_loss = pixel_loss(logits, labels), pixel_loss(aux_logits, labels)
+            loss = main_loss + args.aux_weight * aux_loss
+            (loss / args.accumulate).backward()
+            for name, term in dict(loss=loss, main=main_loss, aux=aux_loss).items():
+                terms[name] = terms.get(name, 0.0) + term.detach() / args.accumulate
+        terms["grad_norm"] = nn.utils.get_total_norm([p.grad for p in model.parameters()])  # BEiT does not clip here
+        terms, stopped = runtime.check_step(step, terms, caught, device)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        sums, seen, done = {k: sums.get(k, 0.0) + v for k, v in terms.items()}, seen + 1, step + 1
+        if done % args.log_every == 0 or done == steps:
+            runtime.log(args, step=done, epoch=done / epoch_steps, **{k: v / seen for k, v in sums.items()}, lr=lr,
+                        images_per_s=seen * args.batch_size / (time.time() - clock))
+            clock, seen, sums = time.time(), 0, {}
+        best = runtime.checkpoint(args, done, steps, epoch_steps, stopped, modules, optimizer, model_args, validate, best)
+
+
+if __name__ == "__main__":
+    runtime.launch(main, get_args())
