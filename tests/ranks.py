@@ -11,8 +11,10 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
+import detect
 import finetune
 import runtime
+import segment
 import teacher
 from model import Quantizer, VisionTransformer
 
@@ -92,6 +94,31 @@ def evaluation():
     return dict(row=row, features=features[order], labels=labels[order])
 
 
+class Oracle(torch.nn.Module):
+    """Detects what is there."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        samples = data.Samples(dataset, data.detection_transform(train=False), 0)
+        self.known = {pixels.numpy().tobytes(): target for pixels, target in (samples[0, i] for i in range(len(dataset)))}
+
+    def forward(self, images):
+        targets = [self.known[image.numpy().tobytes()] for image in images]
+        return [dict(target, scores=torch.ones(len(target["labels"])), masks=target["masks"][:, None].float()) for target in targets]
+
+
+def dense():
+    """7 images over the ranks: the scores of a random segmenter, the AP of a perfect detector."""
+    args = Namespace(image_size=16, batch_size=4, accumulate=1, workers=0, amp="fp32", eval_mode="slide", output=".", pictures=0)
+    torch.manual_seed(0)
+    vit = VisionTransformer(16, 4, dim=16, depth=1, heads=2, positions="block")
+    masks = segment.evaluate(args, segment.Segmenter(vit, 11), data.Scenes("val", 7, 16, target="masks"), CPU)
+    if detect.COCO is None:
+        return dict(masks=masks)
+    boxes = data.Scenes("val", 7, 16, target="instances")
+    return dict(masks=masks, boxes=detect.evaluate(args, Oracle(boxes), boxes, CPU))
+
+
 def trouble():
     """On the last rank only: a signal, then a loss and a gradient that are not finite."""
     last = runtime.rank() == runtime.world_size() - 1
@@ -109,7 +136,7 @@ def trouble():
 
 
 def checks():
-    return dict(quantizer=quantizer(), batch_norm=batch_norm(), moco=moco(), evaluation=evaluation(), trouble=trouble())
+    return dict(quantizer=quantizer(), batch_norm=batch_norm(), moco=moco(), evaluation=evaluation(), dense=dense(), trouble=trouble())
 
 
 if __name__ == "__main__":

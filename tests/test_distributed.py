@@ -73,6 +73,14 @@ def test_evaluation_counts_every_image_once(results):
     assert torch.equal(both[0]["labels"], one["labels"]) and len(one["labels"]) == 23
 
 
+def test_dense_evaluation_counts_every_image_once(results):
+    one, *both = (result["dense"] for result in results)
+    assert one["masks"]["images"] == 7 and 0 < one["masks"]["miou"] < one["masks"]["pixel_accuracy"] < 100
+    assert all(result == one for result in both)            # a confusion matrix of integers: to the bit
+    if "boxes" in one:
+        assert one["boxes"]["box_ap"] == pytest.approx(100) and one["boxes"]["mask_ap"] == pytest.approx(100)
+
+
 def test_trouble_on_one_rank_stops_all(results):
     first, second = (result["trouble"] for result in results[1:])
     assert first == second
