@@ -4,7 +4,6 @@ Every image comes out as float32 (3, H, W) with pixels in [-1, 1]. All randomnes
 augmentation and its mask, is seeded by (seed, epoch, index): it depends neither on the number of
 workers or ranks, nor on where a run was stopped and resumed.
 """
-import contextlib
 import math
 import os
 import random
@@ -145,6 +144,13 @@ class Synthetic(Dataset):
         return first + weight[..., None] * (second - first)
 
 
+def instances(boxes, labels, masks):
+    """Detection's target, as torchvision's Mask R-CNN takes it: boxes (n, 4), left, top, right, bottom in pixels;
+    labels (n,) from 1; masks (n, H, W)."""
+    boxes = tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=masks.shape[1:])
+    return dict(boxes=boxes, labels=labels, masks=tv_tensors.Mask(masks.to(torch.uint8)))
+
+
 class Scenes(Synthetic):
     """The same with one to four shapes, later ones over earlier ones, and what is seen of each. target: "masks" →
     (PIL image, map of classes: 1 is the ground, 2… the shapes), "instances" → (PIL image, as instances() makes it)."""
@@ -226,80 +232,6 @@ def subfolder(root, *parts):
         why = f"it has no {'/'.join(parts)}/ folder" if Path(root).is_dir() else "no such folder"
         raise InputError(f"--data {root}: {why}; see the README for the layout")
     return folder
-
-
-def load_segmentation(name, split, image_size, classes):
-    """The data set of segment.py's --data: yields (PIL image, map of classes from 1, 0 is ignored) and has .classes."""
-    if name.partition(":")[0] == "synthetic":
-        return Scenes(split, synthetic_number(name, split), image_size, target="masks")
-    return Ade20k(name, {"train": "training", "val": "validation"}[split], classes)
-
-
-def load_detection(name, split, image_size):
-    """The data set of detect.py's --data: yields (PIL image, instances()) and has .classes."""
-    if name.partition(":")[0] == "synthetic":
-        return Scenes(split, synthetic_number(name, split), image_size, target="instances")
-    folder = subfolder(name, f"{split}2017")
-    file = Path(name, "annotations", f"instances_{split}2017.json")
-    if not file.exists():
-        raise InputError(f"--data {name}: it has no annotations/{file.name}; see the README for the layout")
-    return Coco(folder, file)
-
-
-class Ade20k(Dataset):
-    """ADE20K's layout: images/SPLIT/NAME.jpg, annotations/SPLIT/NAME.png of one channel, where 0 is ignored and the
-    classes count from 1."""
-
-    def __init__(self, root, split, classes):
-        self.classes = [f"class {i}" for i in range(1, classes + 1)]
-        images, annotations = subfolder(root, "images", split), subfolder(root, "annotations", split)
-        files = sorted(file for file in images.iterdir() if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
-        self.samples = [(file, annotations / f"{file.stem}.png") for file in files]
-        missing = [annotation for _, annotation in self.samples if not annotation.exists()]
-        if missing or not files:
-            raise InputError(f"{missing[0]}: missing; each image has its annotation" if missing else f"{images}: no images in it")
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        image, annotation = self.samples[index]
-        image, labels = Image.open(image), np.array(Image.open(annotation))
-        if labels.shape != image.size[::-1]:
-            raise InputError(f"{annotation}: its shape is {labels.shape}, the image's {image.size[::-1]}")
-        if labels.max() > len(self.classes):
-            raise InputError(f"{annotation}: has class {labels.max()}; --classes is {len(self.classes)}")
-        return image, tv_tensors.Mask(labels)
-
-
-class Coco(torchvision.datasets.CocoDetection):
-    """COCO's instances. Labels count from 1 without the gaps of the category ids; crowds are left out."""
-
-    def __init__(self, folder, file):
-        with contextlib.redirect_stdout(None):             # it tells of its progress
-            super().__init__(folder, file)
-        self.category_ids = sorted(self.coco.getCatIds())
-        self.classes = [category["name"] for category in self.coco.loadCats(self.category_ids)]
-        self.samples = [(Path(folder, self.coco.imgs[i]["file_name"]), i) for i in self.ids]
-
-    def __getitem__(self, index):
-        image, annotations = super().__getitem__(index)
-        annotations = [a for a in annotations if not a.get("iscrowd")]
-        boxes = torch.tensor([a["bbox"] for a in annotations]).view(-1, 4)
-        masks = [self.coco.annToMask(a) for a in annotations] or np.zeros((0, image.height, image.width))
-        labels = torch.tensor([self.category_ids.index(a["category_id"]) + 1 for a in annotations], dtype=torch.int64)
-        return image, instances(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), labels, torch.from_numpy(np.array(masks)))
-
-    def with_objects(self):
-        """Indices of the images that have any."""
-        return [index for index, i in enumerate(self.ids) if any(not a.get("iscrowd") for a in self.coco.imgToAnns[i])]
-
-
-def instances(boxes, labels, masks):
-    """Detection's target, as torchvision's Mask R-CNN takes it: boxes (n, 4), left, top, right, bottom in pixels;
-    labels (n,) from 1; masks (n, H, W)."""
-    boxes = tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=masks.shape[1:])
-    return dict(boxes=boxes, labels=labels, masks=tv_tensors.Mask(masks.to(torch.uint8)))
 
 
 def label_subset(targets, fraction, seed):
@@ -388,42 +320,6 @@ def finetune_transform(size, crop_min=0.08, magnitude=27, erasing=0.25, form="im
     return Each([T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC), T.RandomHorizontalFlip(),
                  *([T.RandAugment(2, magnitude, interpolation=BICUBIC, fill=grey)] if magnitude else []),
                  to_pixels, *([T.RandomErasing(erasing, value="random")] if erasing else [])])
-
-
-class VariedCrop(T.RandomCrop):
-    """A random crop, drawn again, up to ten times, while one class has three quarters of it (mmsegmentation, so BEiT)."""
-
-    def forward(self, *pair):
-        for _ in range(10):
-            image, labels = super().forward(*pair)
-            counts = labels[labels > 0].unique(return_counts=True)[1]
-            if len(counts) > 1 and counts.max() < 0.75 * counts.sum():
-                break
-        return image, labels
-
-
-def segmentation_transform(size):
-    """BEiT's (mmsegmentation's for ADE20K): the shorter side to 0.5…2 × size, crop, flip, photometric distortion: each
-    kind at even odds, brightness by a factor where that adds."""
-    jitters = [T.ColorJitter(brightness=32 / 255), T.ColorJitter(contrast=0.5), T.ColorJitter(saturation=0.5),
-               T.ColorJitter(hue=18 / 180)]
-    return Joint([T.RandomResize(size // 2, 2 * size), VariedCrop(size, pad_if_needed=True, fill={tv_tensors.Mask: 0, "others": 128}),
-                  T.RandomHorizontalFlip(), *(T.RandomApply([jitter]) for jitter in jitters), T.ToPureTensor()])
-
-
-def segmentation_eval_transform(size):
-    """The image's shorter side to size, its longer at most four times that (BEiT's 2048 × 512); labels stay as they are."""
-    def transform(image, labels):
-        short, long = sorted(image.size)
-        scale = min(size / short, 4 * size / long)
-        return T.functional.resize(image, [round(image.height * scale), round(image.width * scale)]), labels
-    return Joint([transform, T.ToPureTensor()])
-
-
-def detection_transform(train):
-    """Flip where it trains; sizes are the model's business. Boxes are cut to the image, those under a pixel left out."""
-    return Joint([*([T.RandomHorizontalFlip()] if train else []), T.ClampBoundingBoxes(), T.SanitizeBoundingBoxes(),
-                  T.ToPureTensor()])
 
 
 def eval_transform(size, crop=0.875):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torchvision
 from torch import nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -19,6 +20,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.transforms import v2 as T
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 from tqdm import tqdm
 
@@ -68,6 +70,50 @@ def get_args(argv=None):
     p.add_argument("--pictures", type=int, default=8, help="validation images that are drawn at each evaluation")
     p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
     return runtime.parse(p, RECIPES, argv)
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+
+def load_dataset(name, split, image_size):
+    """The data set of detect.py's --data: yields (PIL image, data.instances()) and has .classes."""
+    if name.partition(":")[0] == "synthetic":
+        return data.Scenes(split, data.synthetic_number(name, split), image_size, target="instances")
+    folder = data.subfolder(name, f"{split}2017")
+    file = Path(name, "annotations", f"instances_{split}2017.json")
+    if not file.exists():
+        raise runtime.InputError(f"--data {name}: it has no annotations/{file.name}; see the README for the layout")
+    return Coco(folder, file)
+
+
+class Coco(torchvision.datasets.CocoDetection):
+    """COCO's instances. Labels count from 1 without the gaps of the category ids; crowds are left out."""
+
+    def __init__(self, folder, file):
+        with contextlib.redirect_stdout(None):             # it tells of its progress
+            super().__init__(folder, file)
+        self.category_ids = sorted(self.coco.getCatIds())
+        self.classes = [category["name"] for category in self.coco.loadCats(self.category_ids)]
+        self.samples = [(Path(folder, self.coco.imgs[i]["file_name"]), i) for i in self.ids]
+
+    def __getitem__(self, index):
+        image, annotations = super().__getitem__(index)
+        annotations = [a for a in annotations if not a.get("iscrowd")]
+        boxes = torch.tensor([a["bbox"] for a in annotations]).view(-1, 4)
+        masks = [self.coco.annToMask(a) for a in annotations] or np.zeros((0, image.height, image.width))
+        labels = torch.tensor([self.category_ids.index(a["category_id"]) + 1 for a in annotations], dtype=torch.int64)
+        boxes[:, 2:] += boxes[:, :2]                       # left, top, width, height → left, top, right, bottom
+        return image, data.instances(boxes, labels, torch.from_numpy(np.array(masks)))
+
+    def with_objects(self):
+        """Indices of the images that have any."""
+        return [index for index, i in enumerate(self.ids) if any(not a.get("iscrowd") for a in self.coco.imgToAnns[i])]
+
+
+def transform(train):
+    """Flip where it trains; sizes are the model's business. Boxes are cut to the image, those under a pixel left out."""
+    return data.Joint([*([T.RandomHorizontalFlip()] if train else []), T.ClampBoundingBoxes(), T.SanitizeBoundingBoxes(),
+                       T.ToPureTensor()])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -193,7 +239,7 @@ def evaluate(args, model, dataset, device):
     model.eval()
     results, images_seen, autocast, folder = [], 0, runtime.autocast(args, device), Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    loader = data.eval_loader(dataset, data.detection_transform(train=False), runtime.micro_batch(args), args.workers,
+    loader = data.eval_loader(dataset, transform(train=False), runtime.micro_batch(args), args.workers,
                               collate=data.as_lists)
     for images, targets in loader:
         with autocast:
@@ -218,14 +264,14 @@ def main(args):
     if COCO is None:
         raise runtime.InputError("COCO's evaluation is missing: pip install pycocotools")
     device, micro_batch = runtime.device(), runtime.micro_batch(args)
-    val = data.load_detection(args.data, "val", args.image_size)
+    val = load_dataset(args.data, "val", args.image_size)
     torch.manual_seed(args.seed)
     model, model_args, args.init_digest = build(args, len(val.classes))
     model.to(device)
     if args.eval:
         return runtime.report(args, evaluate(args, model, val, device), init=args.init, split="val")
     model.backbone.pyramid.vit.checkpoint_activations = args.checkpoint_activations
-    dataset = data.load_detection(args.data, "train", args.image_size)
+    dataset = load_dataset(args.data, "train", args.image_size)
     indices = dataset.with_objects()                                # others teach little (torchvision's reference)
     epoch_steps, steps = runtime.total_steps(args, len(indices))
     groups = param_groups(model, args.weight_decay, args.layer_decay, vit="backbone.pyramid.vit")
@@ -233,7 +279,7 @@ def main(args):
     modules = dict(model=model)
     start, best = runtime.resume(args, modules, optimizer)
 
-    batches = data.train_loader(dataset, data.detection_transform(train=True), args, micro_batch, start, steps, device, indices,
+    batches = data.train_loader(dataset, transform(train=True), args, micro_batch, start, steps, device, indices,
                                 data.as_lists)
     if args.compile:
         model.backbone.compile()

@@ -6,11 +6,16 @@
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
 from torchvision.ops import Conv2dNormActivation
+from torchvision.transforms import v2 as T
 from torchvision.utils import draw_segmentation_masks, save_image
 from tqdm import tqdm
 
@@ -50,6 +55,75 @@ def get_args(argv=None):
     p.add_argument("--pictures", type=int, default=8, help="validation images that are drawn at each evaluation")
     p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
     return runtime.parse(p, RECIPES, argv)
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+
+def load_dataset(name, split, image_size, classes):
+    """The data set of segment.py's --data: yields (PIL image, map of classes from 1, 0 is ignored) and has .classes."""
+    if name.partition(":")[0] == "synthetic":
+        return data.Scenes(split, data.synthetic_number(name, split), image_size, target="masks")
+    return Ade20k(name, {"train": "training", "val": "validation"}[split], classes)
+
+
+class Ade20k(Dataset):
+    """ADE20K's layout: images/SPLIT/NAME.jpg, annotations/SPLIT/NAME.png of one channel, where 0 is ignored and the
+    classes count from 1."""
+
+    def __init__(self, root, split, classes):
+        self.classes = [f"class {i}" for i in range(1, classes + 1)]
+        images, annotations = data.subfolder(root, "images", split), data.subfolder(root, "annotations", split)
+        files = sorted(file for file in images.iterdir() if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        self.samples = [(file, annotations / f"{file.stem}.png") for file in files]
+        missing = [annotation for _, annotation in self.samples if not annotation.exists()]
+        if missing or not files:
+            raise runtime.InputError(f"{missing[0]}: missing; each image has its annotation" if missing else
+                                     f"{images}: no images in it")
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        image, annotation = self.samples[index]
+        image, labels = Image.open(image), np.array(Image.open(annotation))
+        if labels.shape != image.size[::-1]:
+            raise runtime.InputError(f"{annotation}: its shape is {labels.shape}, the image's {image.size[::-1]}")
+        if labels.max() > len(self.classes):
+            raise runtime.InputError(f"{annotation}: has class {labels.max()}; --classes is {len(self.classes)}")
+        return image, tv_tensors.Mask(labels)
+
+
+class VariedCrop(T.RandomCrop):
+    """A random crop, drawn again, up to ten times, while one class has three quarters of it (mmsegmentation, so BEiT)."""
+
+    def forward(self, *pair):
+        for _ in range(10):
+            image, labels = super().forward(*pair)
+            counts = labels[labels > 0].unique(return_counts=True)[1]
+            if len(counts) > 1 and counts.max() < 0.75 * counts.sum():
+                break
+        return image, labels
+
+
+def train_transform(size):
+    """BEiT's (mmsegmentation's for ADE20K): the shorter side to 0.5…2 × size, crop, flip, photometric distortion: each
+    kind at even odds, brightness by a factor where that adds. Labels as they are: 0 outside the image too."""
+    jitters = [T.ColorJitter(brightness=32 / 255), T.ColorJitter(contrast=0.5), T.ColorJitter(saturation=0.5),
+               T.ColorJitter(hue=18 / 180)]
+    crop = VariedCrop(size, pad_if_needed=True, fill={tv_tensors.Mask: 0, "others": 128})
+    return data.Joint([T.RandomResize(size // 2, 2 * size), crop, T.RandomHorizontalFlip(),
+                       *(T.RandomApply([jitter]) for jitter in jitters), T.ToPureTensor()])
+
+
+def eval_transform(size):
+    """The image's shorter side to size, its longer at most four times that (BEiT's 2048 × 512); labels stay as they are."""
+    def transform(image, labels):
+        short, long = sorted(image.size)
+        scale = min(size / short, 4 * size / long)
+        return T.functional.resize(image, [round(image.height * scale), round(image.width * scale)]), labels
+
+    return data.Joint([transform, T.ToPureTensor()])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -185,7 +259,7 @@ def evaluate(args, model, dataset, device):
     classes, autocast, folder = len(dataset.classes), runtime.autocast(args, device), Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    loader = data.eval_loader(dataset, data.segmentation_eval_transform(args.image_size), 1, args.workers)
+    loader = data.eval_loader(dataset, eval_transform(args.image_size), 1, args.workers)
     for number, (images, labels) in enumerate(loader):
         images, labels = images.to(device), labels.to(device)
         with autocast:
@@ -208,21 +282,21 @@ def evaluate(args, model, dataset, device):
 
 def main(args):
     device, micro_batch = runtime.device(), runtime.micro_batch(args)
-    val = data.load_segmentation(args.data, "val", args.image_size, args.classes)
+    val = load_dataset(args.data, "val", args.image_size, args.classes)
     torch.manual_seed(args.seed)
     model, model_args, args.init_digest = build(args, len(val.classes))
     model.to(device)
     if args.eval:
         return runtime.report(args, evaluate(args, model, val, device), init=args.init, split="val")
     model.backbone.vit.checkpoint_activations = args.checkpoint_activations
-    dataset = data.load_segmentation(args.data, "train", args.image_size, args.classes)
+    dataset = load_dataset(args.data, "train", args.image_size, args.classes)
     epoch_steps, steps = runtime.total_steps(args, len(dataset))
     groups = param_groups(model, args.weight_decay, args.layer_decay, vit="backbone.vit")
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas))
     modules = dict(model=model)
     start, best = runtime.resume(args, modules, optimizer)
 
-    batches = data.train_loader(dataset, data.segmentation_transform(args.image_size), args, micro_batch, start, steps, device)
+    batches = data.train_loader(dataset, train_transform(args.image_size), args, micro_batch, start, steps, device)
     if args.compile:
         model.compile()
     network, autocast, caught = runtime.distribute(model, device), runtime.autocast(args, device), runtime.catch_signals()

@@ -99,7 +99,7 @@ class Oracle(torch.nn.Module):
 
     def __init__(self, dataset):
         super().__init__()
-        samples = data.Samples(dataset, data.detection_transform(train=False), 0)
+        samples = data.Samples(dataset, detect.transform(train=False), 0)
         self.known = {pixels.numpy().tobytes(): target for pixels, target in (samples[0, i] for i in range(len(dataset)))}
 
     def forward(self, images):

@@ -12,7 +12,6 @@ from PIL import Image
 import data
 import detect
 import model
-import runtime
 from conftest import COMMON, OWN, run
 from test_stages import fails, log, newest
 
@@ -65,10 +64,10 @@ def make_coco(folder, images=6):
 
 def test_coco_layout(folder):
     make_coco(folder / "coco")
-    dataset = data.load_detection("coco", "train", 0)
+    dataset = detect.load_dataset("coco", "train", 0)
     assert dataset.classes == ["car", "train", "toothbrush"] and dataset.category_ids == [3, 7, 90]
     assert len(dataset) == 6 and dataset.with_objects() == [2, 3, 4, 5]         # not the one with a crowd alone
-    samples = data.Samples(dataset, data.detection_transform(train=False), 0)
+    samples = data.Samples(dataset, detect.transform(train=False), 0)
     for index, labels in enumerate([[], [], [1, 2], [3, 2], [1, 2], [3, 2]]):   # without the flat box of image 13
         pixels, target = samples[0, index]
         assert pixels.shape == (3, 48, 64) and pixels.min() >= -1               # grey ones too
@@ -81,8 +80,8 @@ def test_coco_layout(folder):
 
 
 def test_boxes_and_masks_are_flipped_with_the_image(folder):
-    dataset = data.load_detection(str(make_coco(folder / "coco")), "train", 0)
-    samples, seen = data.Samples(dataset, data.detection_transform(train=True), 0), set()
+    dataset = detect.load_dataset(str(make_coco(folder / "coco")), "train", 0)
+    samples, seen = data.Samples(dataset, detect.transform(train=True), 0), set()
     for epoch in range(8):
         pixels, target = samples[epoch, 3]
         left, top, right, bottom = map(int, target["boxes"][0])
@@ -130,8 +129,8 @@ def test_average_precision_is_the_official_evaluators(name, folder):
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
     make_coco(folder / "coco")
-    dataset = data.load_detection(name, "val", 64)
-    samples, generator, results = data.Samples(dataset, data.detection_transform(train=False), 0), seeded(), []
+    dataset = detect.load_dataset(name, "val", 64)
+    samples, generator, results = data.Samples(dataset, detect.transform(train=False), 0), seeded(), []
     for index in range(len(dataset)):
         detections = as_detections(samples[0, index][1], 4.0, generator)
         results += detect.as_results(detections, dataset.ids[index], dataset.category_ids)
@@ -155,10 +154,10 @@ def test_average_precision_is_the_official_evaluators(name, folder):
 
 
 def test_average_precision_of_nothing_and_of_wrong_classes(folder):
-    dataset = data.load_detection(str(make_coco(folder / "coco")), "val", 0)
+    dataset = detect.load_dataset(str(make_coco(folder / "coco")), "val", 0)
     truth = detect.ground_truth(dataset)
     assert set(detect.average_precision(truth, []).values()) == {0.0}
-    target = data.Samples(dataset, data.detection_transform(train=False), 0)[0, 2][1]
+    target = data.Samples(dataset, detect.transform(train=False), 0)[0, 2][1]
     wrong = dict(as_detections(target, 0, seeded()), labels=torch.tensor([3, 3]))
     assert detect.average_precision(truth, detect.as_results(wrong, 12, dataset.category_ids))["box_ap"] < 1
     nothing = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), scores=torch.zeros(0),
@@ -186,8 +185,8 @@ def test_pyramid_and_anchors():
 
 
 def test_images_without_objects_train_and_every_weight_has_a_gradient(folder):
-    dataset = data.load_detection(str(make_coco(folder / "coco")), "train", 0)
-    samples, network = data.Samples(dataset, data.detection_transform(train=True), 0), tiny()
+    dataset = detect.load_dataset(str(make_coco(folder / "coco")), "train", 0)
+    samples, network = data.Samples(dataset, detect.transform(train=True), 0), tiny()
     images, targets = data.as_lists([samples[0, index] for index in (0, 2, 3)])
     losses = network(images, targets)
     assert set(losses) == {"loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"}
@@ -235,7 +234,8 @@ def test_evaluation_repeats_what_the_training_logged(chain, capsys):
     logged = log(chain.detect, "val")[-1]
     assert row == {key: logged[key] for key in row} and row["images"] == 100 and "mask_ap" in row
     assert sorted(path.name for path in Path("again").glob("*.png")) == [f"picture-{i}.png" for i in range(8)]
-    assert "found a checkpoint of pretrain, expected one of detect" in fails(capsys, "detect", "--eval", "--init", str(chain.pretrain))
+    message = fails(capsys, "detect", "--eval", "--init", str(chain.pretrain))
+    assert "found a checkpoint of pretrain, expected one of detect" in message
     make_coco(Path("coco"))
     assert "has 10 classes, --data coco 3" in fails(capsys, "detect", "--eval", "--init", str(chain.detect), "--data", "coco")
     assert "found a checkpoint of detect" in fails(capsys, "detect", "--init", str(chain.detect))

@@ -2,8 +2,10 @@
 import re
 from pathlib import Path
 
+import detect
 import finetune
 import pretrain
+import segment
 import teacher
 import tokenizer
 
@@ -19,7 +21,7 @@ def test_paper_map_points_at_code():
 
 
 def test_flags_exist():
-    helps = "".join((ROOT / f"{stage.__name__}.py").read_text() for stage in (teacher, tokenizer, pretrain, finetune))
+    helps = "".join((ROOT / f"{stage.__name__}.py").read_text() for stage in (teacher, tokenizer, pretrain, finetune, segment, detect))
     helps += "".join(path.read_text() for path in (ROOT / "runtime.py", *(ROOT / "tools").glob("*.py")))
     torchrun = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
     flags = set(re.findall(r"--[a-z][a-z-]+", README)) - torchrun
@@ -31,7 +33,11 @@ def test_flags_exist():
 def test_recipe_values():
     """A few numbers of the README's recipe table, against the table in the scripts."""
     p, t, f, m = pretrain.RECIPES["paper"], tokenizer.RECIPES["paper"], finetune.RECIPES["paper"], teacher.RECIPES["paper"]
-    for text in (f"batch {p['batch_size']}, 300 or {p['epochs']} epochs", f"lr {p['lr'] * 1e3:g}e-3", f"K = {t['codebook_size']}",
+    s, d = segment.RECIPES["paper"], detect.RECIPES["paper"]
+    for text in (f"lr {s['lr'] * 1e4:g}e-4, weight decay {s['weight_decay']}, layer decay {s['layer_decay']}, {s['warmup_steps']} warm-up",
+                 f"shorter side {d['min_size']}…{d['image_size']} and longer ≤ {d['max_size']}",
+                 f"lr {d['lr'] * 1e4:g}e-4, layer decay {d['layer_decay']}, {d['warmup_steps']} warm-up",
+                 f"batch {p['batch_size']}, 300 or {p['epochs']} epochs", f"lr {p['lr'] * 1e3:g}e-3", f"K = {t['codebook_size']}",
                  f"D = {t['code_dim']}", f"batch {t['batch_size']}, Adam lr {t['lr'] * 1e5:g}e-5", f"{t['warmup_steps']} warm-up steps",
                  f"lr {f['lr'] * 1e3:g}e-3", f"layer decay {f['layer_decay']}", f"{f['warmup_epochs']} of warm-up",
                  f"batch {m['batch_size']}, lr {m['lr'] * 1e3:g}e-3", f"channels {', '.join(map(str, t['channels']))}"):

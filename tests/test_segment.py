@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2 as T
 
 import data
+import detect
 import model
 import runtime
 import segment
@@ -61,7 +63,7 @@ def test_masks_of_drawn_scenes_are_exact(constant_colours):
 
 
 def test_the_two_targets_of_a_scene_agree():
-    masks, objects = (data.load_segmentation("synthetic:50", "train", 32, 0), data.load_detection("synthetic:50", "train", 32))
+    masks, objects = (segment.load_dataset("synthetic:50", "train", 32, 0), detect.load_dataset("synthetic:50", "train", 32))
     assert masks.classes == ["ground", *objects.classes] and len(objects.classes) == 10 and len(masks) == 50
     overlap = 0
     for index in range(50):
@@ -74,7 +76,7 @@ def test_the_two_targets_of_a_scene_agree():
         assert torch.equal(classes, expected)
         overlap += len(target["labels"]) < len(objects.scene(index)[2])
     assert masks[3][0].tobytes() == data.Scenes("train", 50, 32, target="masks")[3][0].tobytes() != masks[4][0].tobytes()
-    assert data.load_segmentation("synthetic:50", "val", 32, 0)[3][0].tobytes() != masks[3][0].tobytes()
+    assert segment.load_dataset("synthetic:50", "val", 32, 0)[3][0].tobytes() != masks[3][0].tobytes()
 
 
 def make_ade(folder, images=6, classes=3, size=(40, 30)):
@@ -95,15 +97,15 @@ def make_ade(folder, images=6, classes=3, size=(40, 30)):
 
 def test_ade20k_layout(folder, capsys):
     make_ade(folder / "ade")
-    dataset = data.load_segmentation("ade", "train", 32, 3)
+    dataset = segment.load_dataset("ade", "train", 32, 3)
     image, labels = dataset[1]
     assert len(dataset) == 6 and image.size == (44, 30) and labels.shape == (30, 44)
-    assert len(data.load_segmentation("ade", "val", 32, 3)) == 3
-    samples = data.Samples(dataset, data.segmentation_eval_transform(16), 0)
+    assert len(segment.load_dataset("ade", "val", 32, 3)) == 3
+    samples = data.Samples(dataset, segment.eval_transform(16), 0)
     pixels, labels = samples[0, 1]
     assert pixels.shape == (3, 16, 23) and labels.shape == (30, 44) and pixels.min() >= -1 and pixels.max() <= 1
-    assert labels.unique().tolist() == [0, 1, 2] and not isinstance(labels, data.tv_tensors.Mask)
-    wide = data.Samples([(Image.new("RGB", (300, 20)), torch.zeros(20, 300))], data.segmentation_eval_transform(16), 0)
+    assert labels.unique().tolist() == [0, 1, 2] and not isinstance(labels, tv_tensors.Mask)
+    wide = data.Samples([(Image.new("RGB", (300, 20)), torch.zeros(20, 300))], segment.eval_transform(16), 0)
     assert wide[0, 0][0].shape == (3, 4, 64)                # the longer side at most four times the size
 
 
@@ -122,7 +124,7 @@ def test_bad_ade20k_files(folder, capsys):
 def test_a_grey_image_and_a_truncated_one(folder, capsys):
     root = make_ade(folder / "ade")
     Image.new("L", (44, 30), 77).save(root / "images" / "training" / "1.jpg")
-    samples = data.Samples(data.load_segmentation("ade", "train", 32, 2), data.segmentation_transform(16), 0)
+    samples = data.Samples(segment.load_dataset("ade", "train", 32, 2), segment.train_transform(16), 0)
     assert samples[0, 1][0].shape == (3, 16, 16)
     path = root / "images" / "training" / "2.jpg"
     path.write_bytes(path.read_bytes()[:200])
@@ -132,8 +134,8 @@ def test_a_grey_image_and_a_truncated_one(folder, capsys):
 
 def test_training_crops_follow_the_labels(folder):
     """The same draw for image and labels; what lies outside the image is ignored."""
-    dataset = data.load_segmentation(str(make_ade(folder / "ade")), "train", 32, 2)
-    samples = data.Samples(dataset, data.segmentation_transform(48), 0)
+    dataset = segment.load_dataset(str(make_ade(folder / "ade")), "train", 32, 2)
+    samples = data.Samples(dataset, segment.train_transform(48), 0)
     sizes, outside = set(), 0
     for epoch in range(12):
         pixels, labels = samples[epoch, 2]
@@ -148,14 +150,14 @@ def test_training_crops_follow_the_labels(folder):
 
 
 def test_a_crop_of_one_class_is_drawn_again():
-    labels = data.tv_tensors.Mask(torch.ones(64, 64, dtype=torch.uint8))
+    labels = tv_tensors.Mask(torch.ones(64, 64, dtype=torch.uint8))
     labels[:, :16] = 2
     image = Image.new("RGB", (64, 64))
     torch.manual_seed(0)
-    crop, plain = data.VariedCrop(40), data.T.RandomCrop(40)
+    crop, plain = segment.VariedCrop(40), T.RandomCrop(40)
     dominated = [sum(int((cropper(image, labels)[1] == 1).sum()) >= 0.75 * 1600 for _ in range(100)) for cropper in (crop, plain)]
     assert dominated[0] < 20 < 60 < dominated[1]
-    uniform = data.tv_tensors.Mask(torch.ones(64, 64))      # it gives up
+    uniform = tv_tensors.Mask(torch.ones(64, 64))      # it gives up
     assert crop(image, uniform)[1].shape == (40, 40)
 
 
@@ -259,7 +261,7 @@ def test_sliding_windows():
 
 def test_evaluation_at_each_images_own_size(folder, monkeypatch):
     """A network that sees the lighter half: the scores are those of counting by hand."""
-    dataset = data.load_segmentation(str(make_ade(folder / "ade")), "val", 32, 2)
+    dataset = segment.load_dataset(str(make_ade(folder / "ade")), "val", 32, 2)
     network = torch.nn.Module()
     network.forward = lambda images: torch.stack([images.mean(1), -images.mean(1)], 1) * 9
     args = segment.get_args([*COMMON, "--image-size", "30", "--output", "."])
@@ -301,7 +303,8 @@ def test_evaluation_repeats_what_the_training_logged(chain, capsys):
     logged = log(chain.segment, "val")[-1]
     assert row == {key: logged[key] for key in row} and row["images"] == 100
     assert (chain.segment / "classes.md").read_text() == Path("again/classes.md").read_text()
-    assert "found a checkpoint of pretrain, expected one of segment" in fails(capsys, "segment", "--eval", "--init", str(chain.pretrain))
+    message = fails(capsys, "segment", "--eval", "--init", str(chain.pretrain))
+    assert "found a checkpoint of pretrain, expected one of segment" in message
     make_ade(Path("ade"))
     assert "has 11 classes, --data ade 3" in fails(capsys, "segment", "--eval", "--init", str(chain.segment), "--data", "ade",
                                                    "--classes", "3")
