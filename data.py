@@ -8,6 +8,7 @@ import math
 import os
 import random
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -338,25 +339,47 @@ def read(dataset, index):
     """(RGB image, label) of a data set, or an InputError that names the file."""
     try:
         image, label = dataset[index]
+        if image.mode.startswith("I;16"):                  # PIL would clip 16 bits to the first 255 values
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB"), label
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{name_of(dataset, index)}: not a readable image ({error}); restore or remove it") from error
 
 
 class Samples(Dataset):
-    """A data set under a transform, indexed by (epoch, index) → (transformed image, label)."""
+    """A data set under a transform, indexed by (epoch, index) → (transformed image, label).
 
-    def __init__(self, dataset, transform, seed):
+    skip: so many unreadable images may be replaced, each by one of `indices` that is drawn by (seed, epoch, index).
+    """
+
+    def __init__(self, dataset, transform, seed, indices=(), skip=0):
         self.dataset, self.transform, self.seed, self.held = dataset, transform, seed, {}
+        self.indices, self.skip, self.bad = indices, skip, torch.zeros(len(dataset) if skip else 0, dtype=torch.bool).share_memory_()
 
-    def hold(self, indices):
-        """Decode these now and keep them; workers share the memory."""
-        self[0, indices[0]]                                # refused before all the others are decoded
-        self.held = {index: read(self.dataset, index) for index in indices}
+    def hold(self):
+        """Decode all `indices` now and keep them; workers share the memory."""
+        self[0, self.indices[0]]                           # refused before all the others are decoded
+        for index in self.indices:
+            self.held[index] = self.read(0, index)
+
+    def read(self, epoch, index):
+        draw = np.random.default_rng(derive_seed(self.seed, epoch, index, -1))
+        while True:
+            try:
+                return read(self.dataset, index)
+            except InputError as error:
+                if not self.skip:
+                    raise
+                if not self.bad[index]:
+                    self.bad[index] = True
+                    print(f"{error}; skipped, {int(self.bad.sum())} of at most {self.skip}", file=sys.stderr)
+                if self.bad.sum() > self.skip:
+                    raise InputError(f"{error}: more than --skip-bad-images {self.skip}") from error
+                index = self.indices[draw.integers(len(self.indices))]
 
     def __getitem__(self, key):
         epoch, index = key
-        image, label = self.held.get(index) or read(self.dataset, index)
+        image, label = self.held.get(index) or self.read(epoch, index)
         seed = derive_seed(self.seed, epoch, index)
         random.seed(seed)                                  # block masks
         torch.default_generator.manual_seed(seed)          # torchvision's transforms; manual_seed would touch CUDA too
@@ -372,21 +395,24 @@ class GlobalBatches(Sampler):
 
     def __init__(self, indices, batch_size, micro_batch, start, stop, seed):
         self.indices, self.batch_size, self.micro_batch = indices, batch_size, micro_batch
-        self.start, self.stop, self.seed = start, stop, seed
+        self.start, self.stop, self.seed, self.epoch = start, stop, seed, None
 
     def __len__(self):
         return (self.stop - self.start) * (self.batch_size // self.micro_batch // world_size())
 
     def __iter__(self):
-        per_epoch, last = len(self.indices) // self.batch_size, None
         for step in range(self.start, self.stop):
-            epoch, place = divmod(step, per_epoch)
-            if epoch != last:
-                order = np.random.default_rng(derive_seed(self.seed, epoch)).permutation(len(self.indices))
-                last = epoch
-            batch = [(epoch, self.indices[i]) for i in order[place * self.batch_size:(place + 1) * self.batch_size]]
-            for first in range(rank() * self.micro_batch, self.batch_size, world_size() * self.micro_batch):
-                yield batch[first:first + self.micro_batch]
+            yield from self.of_step(step, rank())
+
+    def of_step(self, step, rank):
+        """The micro-batches of a step on a rank."""
+        epoch, place = divmod(step, len(self.indices) // self.batch_size)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = np.random.default_rng(derive_seed(self.seed, epoch)).permutation(len(self.indices))
+        batch = [(epoch, self.indices[i]) for i in self.order[place * self.batch_size:(place + 1) * self.batch_size]]
+        return [batch[first:first + self.micro_batch]
+                for first in range(rank * self.micro_batch, self.batch_size, world_size() * self.micro_batch)]
 
 
 def ignore_signals(worker):
@@ -414,18 +440,27 @@ def to_device(batch, device):
     return [to_device(part, device) for part in batch]
 
 
-def train_loader(dataset, transform, args, micro_batch, start, stop, device, indices=None, collate=None):
+class TrainLoader:
     """Batches (what the transform makes, labels) on the device, for the whole run, from step `start` on: workers live
     through all epochs."""
-    indices = range(len(dataset)) if indices is None else indices
-    batches = GlobalBatches(indices, args.batch_size, micro_batch, start, stop, args.seed)
-    samples = Samples(dataset, transform, args.seed)
-    if args.augment == "batch" and isinstance(transform, Joint):
-        raise InputError("--augment batch: not for images that have masks or boxes; --augment image")
-    if args.augment == "batch" and start < stop:
-        samples.hold(indices)
-    for inputs, labels in make_loader(samples, batches, args.workers, collate):
-        yield transform.finish(to_device(inputs, device)), to_device(labels, device)
+
+    def __init__(self, dataset, transform, args, micro_batch, start, stop, device, indices=None, collate=None):
+        if args.augment == "batch" and isinstance(transform, Joint):
+            raise InputError("--augment batch: not for images that have masks or boxes; --augment image")
+        indices = range(len(dataset)) if indices is None else indices
+        self.batches = GlobalBatches(indices, args.batch_size, micro_batch, start, stop, args.seed)
+        samples = Samples(dataset, transform, args.seed, indices, args.skip_bad_images)
+        if args.augment == "batch" and start < stop:
+            samples.hold()
+        self.loader, self.transform, self.device = make_loader(samples, self.batches, args.workers, collate), transform, device
+
+    def __iter__(self):
+        for inputs, labels in self.loader:
+            yield self.transform.finish(to_device(inputs, self.device)), to_device(labels, self.device)
+
+    def samples(self, step, rank):
+        """Indices of the images of a step on a rank."""
+        return [index for batch in self.batches.of_step(step, rank) for _, index in batch]
 
 
 def eval_loader(dataset, transform, batch_size, workers, indices=None, collate=None):

@@ -200,10 +200,10 @@ def main(args):
     modules = dict(model=model)
     if args.ema_decay:
         modules["ema"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
-    start, best = runtime.resume(args, modules, optimizer)
+    start, best, pending = runtime.resume(args, modules, optimizer)
 
     transform = data.finetune_transform(args.image_size, args.crop_min, args.randaugment, args.erasing, args.augment)
-    batches = data.train_loader(dataset, transform, args, micro_batch, start, steps, device, indices)
+    loader = data.TrainLoader(dataset, transform, args, micro_batch, start, steps, device, indices)
     mixes = [kind(alpha=alpha, num_classes=len(val.classes))
              for kind, alpha in ((T.MixUp, args.mixup), (T.CutMix, args.cutmix)) if alpha]
     mix = T.RandomChoice(mixes) if mixes else None                  # either, at even odds
@@ -216,7 +216,10 @@ def main(args):
         runtime.log(args, step=done, epoch=done / epoch_steps, split="holdout" if args.holdout else "val", **row)
         return row["top1"]
 
-    clock, seen, sums = time.time(), 0, {}
+    done = start
+    if pending:                                                     # the run was stopped before it was evaluated
+        best = runtime.checkpoint(args, done, steps, epoch_steps, 0, modules, optimizer, model_args, validate, best)
+    batches, clock, seen, sums = iter(loader), time.time(), 0, {}
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=None if runtime.rank() == 0 else True):
         lr = runtime.cosine(step, steps, args.warmup_epochs * epoch_steps, args.lr)
         for group in optimizer.param_groups:
@@ -234,7 +237,7 @@ def main(args):
             (loss / args.accumulate).backward()
             terms["loss"] = terms.get("loss", 0.0) + loss.detach() / args.accumulate
         terms["grad_norm"] = nn.utils.get_total_norm([p.grad for p in model.parameters()])  # BEiT does not clip here
-        terms, stopped = runtime.check_step(step, terms, caught, device)
+        terms, stopped = runtime.check_step(step, terms, caught, device, loader.samples)
         optimizer.step()
         optimizer.zero_grad()
         if args.ema_decay:

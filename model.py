@@ -305,9 +305,7 @@ def transfer(state, arguments, **task):
     elif state.get("stage"):
         raise InputError(f"found a checkpoint of {state['stage']}, expected one of teacher, pretrain or finetune")
     else:
-        weights = state.get("model", state.get("state_dict", state))
-        prefix = "module.base_encoder."                                             # MoCo v3's
-        weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)} or weights
+        weights = bare(state.get("model", state.get("state_dict", state)))
         if "pos_embed" in weights:
             arguments = dict(arguments, positions="absolute", layer_scale=0.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     arguments = {k: v for k, v in arguments.items() if k != "codes"} | task
@@ -315,6 +313,13 @@ def transfer(state, arguments, **task):
         arguments["positions"] = "block"
     model = VisionTransformer(**arguments)
     return model, arguments, load_backbone(model, weights) if weights else list(model.state_dict())
+
+
+def bare(weights):
+    """Another project's weights by their own names: without the prefixes of DDP, torch.compile and MoCo v3."""
+    for prefix in ("_orig_mod.", "module.", "_orig_mod.", "base_encoder."):
+        weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)} or weights
+    return weights
 
 
 def load_backbone(model, state):

@@ -96,16 +96,16 @@ def main(args):
     model.checkpoint_activations = args.checkpoint_activations
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr, betas=tuple(args.betas))
     modules = dict(model=model)
-    start, _ = runtime.resume(args, modules, optimizer)
+    start, *_ = runtime.resume(args, modules, optimizer)
 
     transform = AugmentAndMask(data.pretrain_transform(args.image_size, args.crop_min, args.jitter, args.augment),
                                grid, round(args.mask_ratio * grid * grid), args.mask_block)
-    batches = data.train_loader(dataset, transform, args, micro_batch, start, steps, device)
+    loader = data.TrainLoader(dataset, transform, args, micro_batch, start, steps, device)
     if args.compile:
         model.compile()
         tokenizer.encoder.compile()
     network, autocast, caught = runtime.distribute(model, device), runtime.autocast(args, device), runtime.catch_signals()
-    clock, seen, sums = time.time(), 0, {}
+    batches, clock, seen, sums = iter(loader), time.time(), 0, {}
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=None if runtime.rank() == 0 else True):
         lr = runtime.cosine(step, steps, args.warmup_epochs * epoch_steps, args.lr)
         for group in optimizer.param_groups:
@@ -125,7 +125,7 @@ def main(args):
             for name, term in dict(loss=loss, accuracy=accuracy).items():
                 terms[name] = terms.get(name, 0.0) + term.detach() / args.accumulate
         terms["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        terms, stopped = runtime.check_step(step, terms, caught, device)
+        terms, stopped = runtime.check_step(step, terms, caught, device, loader.samples)
         optimizer.step()
         optimizer.zero_grad()
 

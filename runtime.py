@@ -1,6 +1,8 @@
 """What every stage needs and the paper does not speak of: arguments, process group, schedule, one check a
 step, checkpoints, log. Stateless helpers; knows nothing of models or data."""
 import argparse
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -10,13 +12,15 @@ import shutil
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-FREE = {"output", "resume", "workers", "log_every", "save_every"}  # arguments that do not change the weights
+FREE = {"output", "resume", "workers", "log_every", "save_every", "skip_bad_images"}  # do not change a whole run's weights
+TIMEOUT = timedelta(minutes=10)                            # for a rank that hangs: NCCL's default, for gloo too
 
 
 class InputError(ValueError):
@@ -27,16 +31,23 @@ class InputError(ValueError):
 
 
 def launch(main, args):
-    """Run a stage's main(args), under torchrun in a process group; bad input ends it with one line and status 2."""
+    """Run a stage's main(args), under torchrun in a process group. Bad input ends it with one line and status 2, a
+    loss or gradient that is not finite with one line and status 3, on every rank; too little memory with status 4."""
     try:
         if "RANK" in os.environ:                           # set by torchrun
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
         main(args)
         if dist.is_initialized():
             dist.destroy_process_group()
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         print(f"{args.stage}.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 3)
+    except (RuntimeError, MemoryError) as error:           # CUDA's own class is a RuntimeError; a CPU's has no class
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        print(f"{args.stage}.py: out of memory ({str(error).splitlines()[0]}): raise --accumulate, take --checkpoint-activations "
+              "or lower --batch-size; the last checkpoint is intact", file=sys.stderr)
+        sys.exit(4)
     finally:                                               # a loader's workers ignore SIGTERM: an error would wait for them
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
@@ -54,6 +65,8 @@ def parser(doc, stage):
     p.add_argument("--batch-size", type=int, help="images of a step, over all ranks and accumulation steps")
     p.add_argument("--augment", choices=["image", "batch"], default="image", help="image: each in a loader's worker; batch: whole "
                    "batches where the model is, for small data sets of images that come at --image-size")
+    p.add_argument("--skip-bad-images", type=int, default=0, help="so many training images that cannot be read are replaced by others; "
+                   "one more ends the run")
     p.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step on each rank")
     p.add_argument("--epochs", type=int, help="passes over the training set")
     p.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
@@ -167,11 +180,11 @@ def catch_signals():
     return caught
 
 
-def check_step(step, terms, caught, device):
+def check_step(step, terms, caught, device, samples):
     """One small all-reduce a step, before anything moves: (terms averaged over ranks, a signal any rank got or 0).
 
-    terms: this rank's loss, gradient norm and what else is logged, by name. Raises FloatingPointError on
-    all ranks where one is not finite on any.
+    terms: this rank's loss, gradient norm and what else is logged, by name; samples(step, rank): indices of the images
+    that a rank saw. Raises FloatingPointError on all ranks where a term is not finite on any.
     """
     table = torch.zeros(world_size(), len(terms) + 1, device=device)  # a row a rank
     table[rank()] = torch.stack([torch.as_tensor(float(caught[0]) if caught else 0.0, device=device),
@@ -180,9 +193,10 @@ def check_step(step, terms, caught, device):
         dist.all_reduce(table)
     signals, *columns = table.T.tolist()
     for name, values in zip(terms, columns):
-        bad = [str(r) for r, value in enumerate(values) if not math.isfinite(value)]
+        bad = [f"rank {r} (images {', '.join(map(str, samples(step, r)))})"
+               for r, value in enumerate(values) if not math.isfinite(value)]
         if bad:
-            raise FloatingPointError(f"{name} not finite at step {step} on rank {', '.join(bad)}; stopped before the update, "
+            raise FloatingPointError(f"{name} not finite at step {step} on {', '.join(bad)}; stopped before the update, "
                                      "the last checkpoint is intact: try a lower --lr or --amp fp32")
     return {name: sum(values) / len(values) for name, values in zip(terms, columns)}, int(max(signals))
 
@@ -213,23 +227,31 @@ def checkpoint(args, step, steps, epoch_steps, stopped, modules, optimizer, mode
     due = step == steps or step % (epoch_steps * args.save_every) == 0
     if not due and not stopped:
         return best
-    metric = evaluate() if evaluate and (step == steps or due and not stopped) else None
-    improved = metric is not None and (best is None or metric > best)
-    best = metric if improved else best
+
+    def save(name, evaluated):
+        if rank() == 0:
+            epoch = step // epoch_steps
+            state = dict(stage=args.stage, step=step, epoch=epoch, best=best, evaluated=evaluated, args=vars(args),
+                         model_args=model_args, random=dict(seed=args.seed, step=step, epoch=epoch),
+                         optimizer=optimizer.state_dict(), **{key: module.state_dict() for key, module in modules.items()})
+            state["digest"] = digest(state)
+            write_atomically(Path(args.output, name), state)
+
+    name, evaluate = f"step-{step:08d}.pt", evaluate if due else None
+    save(name, evaluated=evaluate is None)                 # before the evaluation: in its minutes a signal may become a kill
     if rank() == 0:
-        epoch, folder = step // epoch_steps, Path(args.output)
-        state = dict(stage=args.stage, step=step, epoch=epoch, best=best, args=vars(args), model_args=model_args,
-                     random=dict(seed=args.seed, step=step, epoch=epoch), optimizer=optimizer.state_dict(),
-                     **{name: module.state_dict() for name, module in modules.items()})
-        state["digest"] = digest(state)
-        for path in [folder / f"step-{step:08d}.pt"] + [folder / "best.pt"] * improved:
-            write_atomically(path, state)
-        for old in sorted(folder.glob("step-*.pt"))[:-2]:
+        for old in sorted(Path(args.output).glob("step-*.pt"))[:-2]:
             old.unlink()
     if stopped and step < steps:
         if dist.is_initialized():
             dist.barrier()                                 # the file is whole before any rank ends
         sys.exit(128 + stopped)
+    if evaluate:
+        metric = evaluate()
+        if best is None or metric > best:
+            best = metric
+            save("best.pt", evaluated=True)
+        save(name, evaluated=True)
     return best
 
 
@@ -278,14 +300,17 @@ def load_checkpoint(path, stages=None):
 
 
 def resume(args, modules, optimizer):
-    """Make args.output; go on from the newest sound checkpoint in it. Returns (step, best metric so far).
+    """Make args.output; go on from the newest sound checkpoint in it. Returns (step, best metric so far, whether that
+    step is still to be evaluated).
 
-    Raises InputError where the folder cannot be written, or holds a run begun with other arguments.
+    Raises InputError where the folder cannot be written, another run is writing there, or it holds a run begun with
+    other arguments.
     """
-    folder, step, best = Path(args.output), 0, None
+    folder, step, best, pending = Path(args.output), 0, None, False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if rank() == 0:
+            lock(folder)
             (folder / "write.tmp").touch()
             for temporary in folder.glob("*.tmp"):         # those of a run killed while it wrote, too
                 temporary.unlink()
@@ -309,7 +334,7 @@ def resume(args, modules, optimizer):
         optimizer.load_state_dict(state["optimizer"])
         for group, values in zip(optimizer.param_groups, own):
             group.update(values)                           # --resume force: the new weight decay counts
-        step, best = state["step"], state["best"]
+        step, best, pending = state["step"], state["best"], not state["evaluated"]
     everyone = [step] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(everyone, step)
@@ -317,7 +342,18 @@ def resume(args, modules, optimizer):
         raise InputError(f"--output {folder}: ranks found different checkpoints, of steps {sorted(set(everyone))}: "
                          "it must lie on storage that all machines share")
     log(args, args=vars(args), world_size=world_size(), hardware=hardware(), torch=torch.__version__, step=step)
-    return step, best
+    return step, best, pending
+
+
+def lock(folder):
+    """Refuse a folder that another live process has locked; the lock ends with this process, however it ends."""
+    file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)  # never closed: that would release it
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):    # else a file system without locks
+            raise InputError(f"--output {folder}: a run that is still alive writes there; stop it (ranks may outlive their "
+                             "torchrun) or choose another") from error
 
 
 def report(args, row, **context):

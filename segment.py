@@ -294,9 +294,9 @@ def main(args):
     groups = param_groups(model, args.weight_decay, args.layer_decay, vit="backbone.vit")
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas))
     modules = dict(model=model)
-    start, best = runtime.resume(args, modules, optimizer)
+    start, best, pending = runtime.resume(args, modules, optimizer)
 
-    batches = data.train_loader(dataset, train_transform(args.image_size), args, micro_batch, start, steps, device)
+    loader = data.TrainLoader(dataset, train_transform(args.image_size), args, micro_batch, start, steps, device)
     if args.compile:
         model.compile()
     network, autocast, caught = runtime.distribute(model, device), runtime.autocast(args, device), runtime.catch_signals()
@@ -306,7 +306,10 @@ def main(args):
         runtime.log(args, step=done, epoch=done / epoch_steps, split="val", **row)
         return row["miou"]
 
-    clock, seen, sums = time.time(), 0, {}
+    done = start
+    if pending:                                                     # the run was stopped before it was evaluated
+        best = runtime.checkpoint(args, done, steps, epoch_steps, 0, modules, optimizer, model_args, validate, best)
+    batches, clock, seen, sums = iter(loader), time.time(), 0, {}
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=None if runtime.rank() == 0 else True):
         lr = schedule(step, steps, args.warmup_steps, args.lr)
         for group in optimizer.param_groups:
@@ -324,7 +327,7 @@ def main(args):
             for name, term in dict(loss=loss, main=main_loss, aux=aux_loss).items():
                 terms[name] = terms.get(name, 0.0) + term.detach() / args.accumulate
         terms["grad_norm"] = nn.utils.get_total_norm([p.grad for p in model.parameters()])  # BEiT does not clip here
-        terms, stopped = runtime.check_step(step, terms, caught, device)
+        terms, stopped = runtime.check_step(step, terms, caught, device, loader.samples)
         optimizer.step()
         optimizer.zero_grad()
 

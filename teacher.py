@@ -156,14 +156,14 @@ def main(args):
     optimizer = torch.optim.AdamW([
         dict(params=[(n, p) for n, p in trained if p.ndim > 1], weight_decay=args.weight_decay),
         dict(params=[(n, p) for n, p in trained if p.ndim == 1], weight_decay=0.0)])
-    start, _ = runtime.resume(args, modules, optimizer)
+    start, *_ = runtime.resume(args, modules, optimizer)
 
     transform = TwoViews(*data.teacher_transform(args.image_size, args.crop_min, args.augment))
-    batches = data.train_loader(dataset, transform, args, micro_batch, start, steps, device)
+    loader = data.TrainLoader(dataset, transform, args, micro_batch, start, steps, device)
     if args.compile:
         moco.compile()
     network, autocast, caught = runtime.distribute(moco, device), runtime.autocast(args, device), runtime.catch_signals()
-    clock, seen, sums = time.time(), 0, {}
+    batches, clock, seen, sums = iter(loader), time.time(), 0, {}
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=None if runtime.rank() == 0 else True):
         lr = runtime.cosine(step, steps, args.warmup_epochs * epoch_steps, args.lr)
         m = 1 - (1 - args.momentum) * runtime.cosine(step, steps, 0, 1.0)          # rises to 1
@@ -179,7 +179,7 @@ def main(args):
             for name, term in dict(loss=loss, accuracy=accuracy).items():
                 terms[name] = terms.get(name, 0.0) + term.detach() / args.accumulate
         terms["grad_norm"] = nn.utils.get_total_norm([p.grad for _, p in trained])  # the paper does not clip
-        terms, stopped = runtime.check_step(step, terms, caught, device)
+        terms, stopped = runtime.check_step(step, terms, caught, device, loader.samples)
         optimizer.step()
         optimizer.zero_grad()
         moco.update_momentum(m)

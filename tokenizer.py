@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import data
 import runtime
-from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, PerceptualLoss, VisionTransformer, VQTokenizer
+from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, PerceptualLoss, VisionTransformer, VQTokenizer, bare
 
 RECIPES = {
     "paper": dict(                                                  # PeCo, as recalled, unless marked
@@ -97,9 +97,7 @@ def perceptual_network(source):
             network = VisionTransformer(**state["model_args"])
             network.load_state_dict(state["model"])
             return network, state["digest"]
-    state = state.get("state_dict", state)
-    prefix = "module.base_encoder."                                 # MoCo v3's; its heads are left out
-    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or state
+    state = bare(state.get("state_dict", state))                    # of MoCo v3's the encoder alone
     if "pos_embed" in state:
         network = VisionTransformer(**SIZES["base"], positions="absolute", layer_scale=0.0,
                                     mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -194,16 +192,23 @@ def main(args):
         modules["discriminator"] = discriminator = PatchDiscriminator().to(device)
     parameters = [(f"{m}.{n}", p) for m, module in modules.items() for n, p in module.named_parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=tuple(args.betas))
-    start, best = runtime.resume(args, modules, optimizer)
+    start, best, pending = runtime.resume(args, modules, optimizer)
 
     transform = data.tokenizer_transform(args.image_size, args.crop_min, args.augment)
-    batches = data.train_loader(dataset, transform, args, micro_batch, start, steps, device)
+    loader = data.TrainLoader(dataset, transform, args, micro_batch, start, steps, device)
     if args.compile:
         tokenizer.encoder.compile()
         tokenizer.decoder.compile()
     network, autocast, caught = runtime.distribute(tokenizer, device), runtime.autocast(args, device), runtime.catch_signals()
     judge = runtime.distribute(discriminator, device) if discriminator else None
-    clock, seen, sums = time.time(), 0, {}
+
+    def validate():
+        return evaluate(args, tokenizer, perceptual, val, device, done)
+
+    done = start
+    if pending:                                                     # the run was stopped before it was evaluated
+        best = runtime.checkpoint(args, done, steps, epoch_steps, 0, modules, optimizer, model_args, validate, best)
+    batches, clock, seen, sums = iter(loader), time.time(), 0, {}
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=None if runtime.rank() == 0 else True):
         lr = runtime.cosine(step, steps, args.warmup_steps, args.lr)
         for group in optimizer.param_groups:
@@ -247,8 +252,7 @@ def main(args):
             runtime.log(args, step=done, epoch=done / epoch_steps, **{k: v / seen for k, v in sums.items()}, lr=lr,
                         images_per_s=seen * args.batch_size / (time.time() - clock))
             clock, seen, sums = time.time(), 0, {}
-        best = runtime.checkpoint(args, done, steps, epoch_steps, stopped, modules, optimizer, model_args,
-                                  lambda: evaluate(args, tokenizer, perceptual, val, device, done), best)
+        best = runtime.checkpoint(args, done, steps, epoch_steps, stopped, modules, optimizer, model_args, validate, best)
 
 
 if __name__ == "__main__":

@@ -124,12 +124,13 @@ def trouble():
     last = runtime.rank() == runtime.world_size() - 1
     caught, found = [15] if last else [], []
     terms = dict(loss=torch.tensor(runtime.rank() + 1.0), grad_norm=torch.tensor(1.0))
-    found.append(runtime.check_step(3, terms, caught, CPU))
+    images = lambda step, rank: [step, 10 + rank]
+    found.append(runtime.check_step(3, terms, caught, CPU, images))
     for bad in (float("nan"), float("inf")):
         for loss, norm in ((bad, 1.0), (1.0, bad)):
             values = torch.tensor([loss, norm]) if last else torch.ones(2)
             try:
-                found.append(runtime.check_step(3, dict(loss=values[0], grad_norm=values[1]), caught, CPU))
+                found.append(runtime.check_step(3, dict(loss=values[0], grad_norm=values[1]), caught, CPU, images))
             except FloatingPointError as error:
                 found.append(str(error))
     return found

@@ -96,7 +96,7 @@ def test_images_of_any_mode_become_rgb(mode):
 # The stream of samples
 
 def arguments(**changes):
-    return Namespace(**{**dict(batch_size=8, seed=0, workers=0, augment="image"), **changes})
+    return Namespace(**{**dict(batch_size=8, seed=0, workers=0, augment="image", skip_bad_images=0), **changes})
 
 
 def stream(start=0, stop=7, micro_batch=8, **changes):
@@ -104,7 +104,7 @@ def stream(start=0, stop=7, micro_batch=8, **changes):
     args = arguments(**changes)
     transform = AugmentAndMask(data.pretrain_transform(16, form=args.augment), 4, 6, 4)  # torch's randomness and Python's
     dataset = data.Synthetic(number=20, image_size=16)
-    return list(data.train_loader(dataset, transform, args, micro_batch, start, stop, torch.device("cpu")))
+    return list(data.TrainLoader(dataset, transform, args, micro_batch, start, stop, torch.device("cpu")))
 
 
 def equal(one, other):

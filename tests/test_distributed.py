@@ -86,7 +86,7 @@ def test_trouble_on_one_rank_stops_all(results):
     assert first == second
     assert tuple(first[0]) == (dict(loss=1.5, grad_norm=1.0), 15)   # the means, the signal
     for message, what in zip(first[1:], ("loss", "grad_norm") * 2):
-        assert message.startswith(f"{what} not finite at step 3 on rank 1;")
+        assert message.startswith(f"{what} not finite at step 3 on rank 1 (images 3, 11);")
 
 
 def test_pretraining_on_two_ranks(chain):
@@ -97,4 +97,4 @@ def test_pretraining_on_two_ranks(chain):
     assert one["step"] == two["step"] == 3 and list(one["model"]) == list(two["model"])
     for key, value in one["model"].items():
         assert torch.allclose(two["model"][key], value, atol=1e-4), key
-    assert [path.name for path in sorted(Path("two").iterdir())] == ["log.jsonl", "step-00000003.pt"]
+    assert [path.name for path in sorted(Path("two").iterdir())] == ["lock", "log.jsonl", "step-00000003.pt"]

@@ -111,14 +111,14 @@ def test_seeds_are_distinct():
 
 def check(loss, norm, caught=()):
     terms = dict(loss=torch.tensor(loss, requires_grad=True), grad_norm=torch.tensor(norm))
-    return runtime.check_step(7, terms, caught, torch.device("cpu"))
+    return runtime.check_step(7, terms, caught, torch.device("cpu"), lambda step, rank: [step, 10 + rank])
 
 
 def test_check_step():
     assert check(2.5, 1.0) == (dict(loss=2.5, grad_norm=1.0), 0)
     assert check(2.5, 1.0, [15, 2]) == (dict(loss=2.5, grad_norm=1.0), 15)
     for bad in (math.nan, math.inf):
-        with pytest.raises(FloatingPointError, match="loss not finite at step 7 on rank 0"):
+        with pytest.raises(FloatingPointError, match=r"loss not finite at step 7 on rank 0 \(images 7, 10\);"):
             check(bad, 1.0)
         with pytest.raises(FloatingPointError, match="grad_norm not finite at step 7 on rank 0"):
             check(1.0, bad)
@@ -165,7 +165,7 @@ class Run:
         self.best = None
 
     def resume(self):
-        self.step, self.best = runtime.resume(self.args, self.modules, self.optimizer)
+        self.step, self.best, self.pending = runtime.resume(self.args, self.modules, self.optimizer)
         return self.step
 
     def train(self, stop, steps=100, metric=None, stopped=0):
@@ -192,7 +192,7 @@ def trained(stop=10, seed=0, metric=None, **changes):
 
 
 def files():
-    return sorted(path.name for path in Path("run").iterdir() if path.name != "log.jsonl")
+    return sorted(path.name for path in Path("run").iterdir() if path.name not in ("log.jsonl", "lock"))
 
 
 def test_round_trip():
