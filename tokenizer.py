@@ -242,7 +242,7 @@ def main(args):
             for name, term in dict(loss=loss, **terms, commitment=commitment).items():
                 logged[name] = logged.get(name, 0.0) + term.detach() / args.accumulate
         logged["grad_norm"] = nn.utils.get_total_norm([p.grad for _, p in parameters])  # the paper does not clip
-        logged, stopped = runtime.check_step(step, logged, caught, device)
+        logged, stopped = runtime.check_step(step, logged, caught, device, loader.samples)
         optimizer.step()
         optimizer.zero_grad()
         tokenizer.quantizer.update(generator)
