@@ -1,4 +1,4 @@
-# make demo: all four stages on the embedded data set, with a table; make test: the tests;
+# make demo: all four stages on the embedded data set, with a table; make test: the tests; make test-faults: the long ones too;
 # make cifar10: the paper's claim on CIFAR-10, with seeds, into RESULTS.md.
 # Each makes .venv first. PYTHON names the interpreter to make it with (3.10 or newer).
 PYTHON ?= python3
@@ -8,6 +8,9 @@ demo: .venv/installed
 
 test: .venv/installed
 	.venv/bin/python -m pytest -q tests
+
+test-faults: .venv/installed
+	.venv/bin/python -m pytest -q tests -m "faults or long"
 
 cifar10: .venv/installed
 	.venv/bin/python -m tools.cifar10
@@ -20,4 +23,4 @@ cifar10: .venv/installed
 clean:
 	rm -rf .venv runs/demo
 
-.PHONY: demo test cifar10 clean
+.PHONY: demo test test-faults cifar10 clean

@@ -342,6 +342,8 @@ def read(dataset, index):
         if image.mode.startswith("I;16"):                  # PIL would clip 16 bits to the first 255 values
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB"), label
+    except InputError:                                     # of the data set itself: it has named the culprit
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{name_of(dataset, index)}: not a readable image ({error}); restore or remove it") from error
 
@@ -445,8 +447,6 @@ class TrainLoader:
     through all epochs."""
 
     def __init__(self, dataset, transform, args, micro_batch, start, stop, device, indices=None, collate=None):
-        if args.augment == "batch" and isinstance(transform, Joint):
-            raise InputError("--augment batch: not for images that have masks or boxes; --augment image")
         indices = range(len(dataset)) if indices is None else indices
         self.batches = GlobalBatches(indices, args.batch_size, micro_batch, start, stop, args.seed)
         samples = Samples(dataset, transform, args.seed, indices, args.skip_bad_images)

@@ -6,6 +6,7 @@
 Region proposals, heads and losses are torchvision's; the evaluation is COCO's own (pip install pycocotools).
 """
 import contextlib
+import math
 import time
 from pathlib import Path
 
@@ -36,8 +37,9 @@ except ImportError:                                        # optional, as requir
     COCO = None
 
 RECIPES = {
-    # PeCo: Mask R-CNN, 12 epochs. Batch 16, shorter side 480…800 and longer ≤ 1333, AdamW, weight decay 0.05, drop path 0.2:
-    # iBOT's ViT-B (2111.07832); lr, layer decay, warm-up, lr / 10 after epochs 9 and 11: PaddleDetection's ViT-B of CAE
+    # PeCo: Mask R-CNN, 12 epochs; no more is known. Shorter side 480…800, longer ≤ 1333, AdamW, weight decay 0.05, drop path
+    # 0.2, batch 16: iBOT's ViT-B in Cascade Mask R-CNN (2111.07832); lr, layer decay, warm-up, a tenth of the lr after epochs
+    # 9 and 11: PaddleDetection's ViT-B of CAE
     "paper": dict(
         data="data/coco", model="base", image_size=800, min_size=480, max_size=1333, patch_size=16, batch_size=16, epochs=12,
         lr=1e-4, betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.75, warmup_steps=1000, drop_path=0.2, layer_scale=0.1,
@@ -50,7 +52,7 @@ RECIPES = {
 
 
 def get_args(argv=None):
-    p = runtime.parser(__doc__, "detect")
+    p = runtime.parser(__doc__, "detect", data="synthetic[:IMAGES], or a folder in COCO's layout: train2017/, val2017/, annotations/")
     p.add_argument("--init", default="runs/RECIPE/pretrain", help="run or checkpoint of pretrain.py, finetune.py or teacher.py, "
                    "a file of BEiT's, timm's or MoCo v3's ViT-B, or none: from scratch; with --eval: a run of detect.py")
     p.add_argument("--eval", action="store_true", help="only evaluate --init")
@@ -90,11 +92,17 @@ class Coco(torchvision.datasets.CocoDetection):
     """COCO's instances. Labels count from 1 without the gaps of the category ids; crowds are left out."""
 
     def __init__(self, folder, file):
-        with contextlib.redirect_stdout(None):             # it tells of its progress
-            super().__init__(folder, file)
-        self.category_ids = sorted(self.coco.getCatIds())
+        try:
+            with contextlib.redirect_stdout(None):         # it tells of its progress
+                super().__init__(folder, file)
+            self.category_ids = sorted(self.coco.getCatIds())
+            self.samples = [(Path(folder, self.coco.imgs[i]["file_name"]), i) for i in self.ids]
+            for a in self.coco.anns.values():
+                self.category_ids.index(a["category_id"]), a["bbox"], a["area"], a["segmentation"]
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
+            raise runtime.InputError(f"{file}: not COCO's format of instances ({type(error).__name__}: {error}); an annotation "
+                                     "has a known category_id, bbox, area and segmentation") from error
         self.classes = [category["name"] for category in self.coco.loadCats(self.category_ids)]
-        self.samples = [(Path(folder, self.coco.imgs[i]["file_name"]), i) for i in self.ids]
 
     def __getitem__(self, index):
         image, annotations = super().__getitem__(index)
@@ -120,15 +128,21 @@ def transform(train):
 # The network
 
 class Backbone(nn.Module):
-    """Images → five maps (FPN, 1612.03144), from a quarter of the patches' stride to four times it."""
+    """Images → five maps (FPN, 1612.03144), from a quarter of the patches' stride to four times it.
+
+    autocast: a context for this part alone. torchvision makes its anchors and boxes in the maps' dtype, and in bf16 a
+    coordinate above 512 is a multiple of 4: proposals and heads are in fp32.
+    """
 
     def __init__(self, vit, channels):
         super().__init__()
-        self.pyramid, self.out_channels = ViTPyramid(vit), channels
+        self.pyramid, self.out_channels, self.autocast = ViTPyramid(vit), channels, contextlib.nullcontext()
         self.fpn = FeaturePyramidNetwork([vit.cls_token.shape[-1]] * 4, channels, LastLevelMaxPool())
 
     def forward(self, images):
-        return self.fpn(dict(zip("0123", self.pyramid(images))))
+        with self.autocast:
+            maps = self.fpn(dict(zip("0123", self.pyramid(images))))                # and "pool", half of "3"
+        return {name: x.float() for name, x in maps.items()}                        # (B, channels, ·, ·)
 
 
 def mask_rcnn(vit, classes, channels, boxes, sizes, max_size):
@@ -139,7 +153,7 @@ def mask_rcnn(vit, classes, channels, boxes, sizes, max_size):
     sizes: shorter sides in training, the last one evaluation's. With 256 and 512 it is torchvision's own but for the ViT.
     """
     vit = VisionTransformer(**vit) if isinstance(vit, dict) else vit
-    sides = tuple((2 * vit.patch_size * 2 ** level,) for level in range(5))         # of anchors: eight times each stride
+    sides = tuple((2 * vit.patch_size * 2 ** level,) for level in range(5))         # of anchors: eight strides, as torchvision's
     return MaskRCNN(
         Backbone(vit, channels), min_size=sizes, max_size=max_size, size_divisible=2 * vit.patch_size,
         image_mean=[0.0] * 3, image_std=[1.0] * 3,                                  # pixels come in [-1, 1]
@@ -160,11 +174,9 @@ def build(args, classes):
         return model, state["model_args"], state["digest"]
     state = runtime.load_checkpoint(args.init) if args.init != "none" else {}
     own = dict(SIZES[args.model], patch_size=args.patch_size, positions="block", layer_scale=args.layer_scale)
-    try:
-        patch = state.get("model_args", own).get("patch_size", args.patch_size)
-        vit, own, _ = transfer(state, own, image_size=-(-args.image_size // patch) * patch, drop_path=args.drop_path, classes=0)
-    except runtime.InputError as error:
-        raise runtime.InputError(f"--init {args.init}: {error}") from error
+    patch = state.get("model_args", own).get("patch_size", args.patch_size)
+    vit, own, _ = transfer(f"--init {args.init}", state, own, image_size=-(-args.image_size // patch) * patch,
+                           drop_path=args.drop_path, classes=0)
     rest = dict(classes=classes, channels=args.channels, boxes=args.boxes, **sizes)
     return mask_rcnn(vit, **rest), dict(vit=own, **rest), state.get("digest")
 
@@ -216,7 +228,7 @@ def average_precision(coco, results):
                 evaluation.evaluate()
                 evaluation.accumulate()
                 evaluation.summarize()
-            stats = evaluation.stats
+            stats = [value if value >= 0 else math.nan for value in evaluation.stats]  # -1: no objects in the data
         row |= {f"{name}_ap{suffix}": 100 * float(value) for suffix, value in zip(("", "50", "75"), stats)}
     return row
 
@@ -235,27 +247,27 @@ def draw(image, detections, target, classes, path):
 
 @torch.no_grad()
 def evaluate(args, model, dataset, device):
-    """AP over every validation image, counted once whatever the number of ranks; pictures in --output."""
+    """AP over every validation image, counted once whatever the number of ranks; pictures in --output. One image at a
+    time: beside a larger one it would be padded, and the ViT sees the padding."""
     model.eval()
-    results, images_seen, autocast, folder = [], 0, runtime.autocast(args, device), Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    loader = data.eval_loader(dataset, transform(train=False), runtime.micro_batch(args), args.workers,
-                              collate=data.as_lists)
-    for images, targets in loader:
-        with autocast:
-            outputs = model(data.to_device(images, device))
-        for image, target, detections in zip(images, targets, outputs):
-            index = runtime.rank() + images_seen * runtime.world_size()             # eval_loader's order
-            results += as_results(detections, dataset.ids[index], dataset.category_ids)
-            if runtime.rank() == 0 and images_seen < args.pictures:
-                draw(image, detections, target, dataset.classes, folder / f"picture-{images_seen}.png")
-            images_seen += 1
+    results, loader = [], data.eval_loader(dataset, transform(train=False), 1, args.workers, collate=data.as_lists)
+    for number, ([image], [target]) in enumerate(loader):
+        index = runtime.rank() + number * runtime.world_size()                      # eval_loader's order
+        detections = model([image.to(device)])[0]
+        results += as_results(detections, dataset.ids[index], dataset.category_ids)
+        if index < args.pictures:
+            draw(image, detections, target, dataset.classes, Path(args.output, f"picture-{index}.png"))
+    model.train()
     parts = [results]
     if dist.is_initialized():
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, results)
-    model.train()
-    return dict(average_precision(ground_truth(dataset), [result for part in parts for result in part]), images=len(dataset))
+    row = [None]
+    if runtime.rank() == 0:
+        row = [average_precision(ground_truth(dataset), [result for part in parts for result in part])]
+    if dist.is_initialized():
+        dist.broadcast_object_list(row)
+    return dict(row[0], images=len(dataset))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -268,7 +280,9 @@ def main(args):
     torch.manual_seed(args.seed)
     model, model_args, args.init_digest = build(args, len(val.classes))
     model.to(device)
+    model.backbone.autocast = runtime.autocast(args, device)
     if args.eval:
+        runtime.make_folder(args)
         return runtime.report(args, evaluate(args, model, val, device), init=args.init, split="val")
     model.backbone.pyramid.vit.checkpoint_activations = args.checkpoint_activations
     dataset = load_dataset(args.data, "train", args.image_size)
@@ -283,7 +297,7 @@ def main(args):
                                 data.as_lists)
     if args.compile:
         model.backbone.compile()
-    network, autocast, caught = runtime.distribute(model, device), runtime.autocast(args, device), runtime.catch_signals()
+    network, caught = runtime.distribute(model, device), runtime.catch_signals()
 
     def validate():
         row = evaluate(args, model, val, device)
@@ -303,8 +317,7 @@ def main(args):
         terms = {}
         for i, (images, targets) in enumerate(micro_batches):
             network.require_backward_grad_sync = i == args.accumulate - 1          # DDP: all-reduce at the step's end
-            with autocast:
-                losses = network(images, targets)                                   # of proposals, classes, boxes, masks
+            losses = network(images, targets)                                       # of proposals, classes, boxes, masks
             loss = sum(losses.values())
             (loss / args.accumulate).backward()
             for name, term in dict(loss=loss, **losses).items():

@@ -78,10 +78,8 @@ def build(args, classes):
     state = runtime.load_checkpoint(args.init) if args.init != "none" else {}
     own = dict(SIZES[args.model], patch_size=args.patch_size, positions="block", layer_scale=args.layer_scale)
     pool = state.get("model_args", {}).get("pool", args.pool) if args.eval else args.pool
-    try:
-        model, own, missing = transfer(state, own, image_size=args.image_size, drop_path=args.drop_path, classes=classes, pool=pool)
-    except runtime.InputError as error:
-        raise runtime.InputError(f"--init {args.init}: {error}") from error
+    model, own, missing = transfer(f"--init {args.init}", state, own, image_size=args.image_size, drop_path=args.drop_path,
+                                   classes=classes, pool=pool)
     if args.eval and missing:
         raise runtime.InputError(f"--init {args.init}: no classifier of {classes} classes in it (it lacks {', '.join(missing[:3])}): "
                                  "fine-tune it first, or name a run that was")

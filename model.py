@@ -55,22 +55,18 @@ def relative_position_index(h, w, device=None):
     return index
 
 
-cached_position_index = functools.lru_cache(maxsize=1)(relative_position_index)  # of an image's size, for all blocks
+cached_position_index = functools.lru_cache(maxsize=1)(relative_position_index)  # for images of another size
 
 
-def add_position_bias(module, grid, heads):
-    """Give a module a learned bias for each relative position and head."""
-    module.grid = grid
-    module.relative_position_bias_table = nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, heads))
-    module.register_buffer("relative_position_index", relative_position_index(grid, grid), persistent=False)
+def bias_table(grid, heads):
+    """A learned bias for each relative position of a square grid, and head."""
+    return nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, heads))
 
 
-def position_bias(module, h, w):
-    """What add_position_bias gave it, for the logits of h × w patches, interpolated to them where they are
-    others → (1, heads, 1+N, 1+N)."""
-    table, index = module.relative_position_bias_table, module.relative_position_index
-    if (h, w) != (module.grid, module.grid):
-        table, index = resize_position_bias(table, h, w), cached_position_index(h, w, table.device)
+def position_bias(table, h, w, index):
+    """A table's biases for the logits of h × w patches, by relative_position_index(h, w) → (1, heads, 1+N, 1+N)."""
+    if h != w or len(table) != (2 * h - 1) ** 2 + 3:
+        table = resize_bias_table(table, h, w)
     return table[index].permute(2, 0, 1).unsqueeze(0)
 
 
@@ -79,10 +75,10 @@ class RelativePositionBias(nn.Module):
 
     def __init__(self, grid, heads):
         super().__init__()
-        add_position_bias(self, grid, heads)
+        self.relative_position_bias_table = bias_table(grid, heads)
 
-    def forward(self, h, w):
-        return position_bias(self, h, w)
+    def forward(self, h, w, index):
+        return position_bias(self.relative_position_bias_table, h, w, index)
 
 
 class Attention(nn.Module):
@@ -93,19 +89,21 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.positions = heads, positions
         if positions == "block":                    # its table lies in the attention itself, as in BEiT
-            add_position_bias(self, grid, heads)
+            self.relative_position_bias_table = bias_table(grid, heads)
         self.qkv = nn.Linear(dim, 3 * dim, bias=positions == "absolute")
         if positions != "absolute":                                 # BEiT's keys have no bias
             self.q_bias = nn.Parameter(torch.zeros(dim))
             self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, grid, shared_bias=None):
+    def forward(self, x, places=None):
+        """x (B, 1+N, D); places: with positions="block" what position_bias needs beside the table, with "shared" the
+        bias itself."""
         bias = self.qkv.bias
         if bias is None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        logits_bias = position_bias(self, *grid) if self.positions == "block" else shared_bias
+        logits_bias = position_bias(self.relative_position_bias_table, *places) if self.positions == "block" else places
         if logits_bias is not None:
             logits_bias = logits_bias.to(q.dtype)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=logits_bias)          # (B, heads, 1+N, D/heads)
@@ -137,9 +135,9 @@ class Block(nn.Module):
             self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
             self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
 
-    def forward(self, x, grid, shared_bias=None):
+    def forward(self, x, places=None):
         gamma_1, gamma_2 = (self.gamma_1, self.gamma_2) if self.layer_scale else (1.0, 1.0)
-        x = x + self.drop_path(gamma_1 * self.attn(self.norm1(x), grid, shared_bias))
+        x = x + self.drop_path(gamma_1 * self.attn(self.norm1(x), places))
         return x + self.drop_path(gamma_2 * self.mlp(self.norm2(x)))
 
 
@@ -183,6 +181,8 @@ class VisionTransformer(nn.Module):
         self.rel_pos_bias = RelativePositionBias(self.grid, heads) if positions == "shared" else None
         if positions == "absolute":
             self.register_buffer("pos_embed", sincos_positions(self.grid, dim))     # (1, 1+N, D)
+        else:
+            self.register_buffer("relative_position_index", relative_position_index(self.grid, self.grid), persistent=False)
         self.absolute = positions == "absolute"
         self.blocks = nn.ModuleList(
             Block(dim, heads, self.grid, positions, layer_scale, drop_path * i / max(depth - 1, 1))
@@ -228,13 +228,18 @@ class VisionTransformer(nn.Module):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1)    # (B, 1+N, D)
         if self.absolute:
             x = x + (self.pos_embed if (h, w) == (self.grid, self.grid) else resize_positions(self.pos_embed, h, w))
-        bias = self.rel_pos_bias(h, w) if self.rel_pos_bias is not None else None   # one for all blocks
+            places = None
+        else:
+            own = (h, w) == (self.grid, self.grid)
+            places = h, w, self.relative_position_index if own else cached_position_index(h, w, x.device)
+            if self.rel_pos_bias is not None:                                       # one for all blocks
+                places = self.rel_pos_bias(*places)
         outputs = {}
         for layer, block in enumerate(self.blocks[:max(layers)], 1):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, (h, w), bias, use_reentrant=False)
+                x = checkpoint(block, x, places, use_reentrant=False)
             else:
-                x = block(x, (h, w), bias)
+                x = block(x, places)
             if layer in layers:
                 outputs[layer] = x
         return [outputs[layer] for layer in layers]
@@ -291,19 +296,20 @@ def param_groups(model, weight_decay, layer_decay=1.0, vit=""):
     return list(groups.values())
 
 
-def transfer(state, arguments, **task):
+def transfer(source, state, arguments, **task):
     """A ViT for a new task from another's checkpoint: of teacher.py, pretrain.py or finetune.py, or a file of timm's,
     BEiT's or MoCo v3's → (the ViT, its arguments, names of the weights that are not in the checkpoint).
 
-    state: the checkpoint's dict; {}: all weights are random. arguments: of VisionTransformer, where the checkpoint
-    does not say; task: arguments of the new one. Raises InputError where the checkpoint is of something else.
+    source: what messages call the checkpoint; state: its dict, {}: all weights are random. arguments: of
+    VisionTransformer, where the checkpoint does not say; task: arguments of the new one. Raises InputError where the
+    checkpoint is of something else.
     """
     if state.get("stage") in ("teacher", "pretrain", "finetune"):
         arguments, weights = state["model_args"], state["model"]
         if "ema" in state:                                                          # what was evaluated in training
             weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
     elif state.get("stage"):
-        raise InputError(f"found a checkpoint of {state['stage']}, expected one of teacher, pretrain or finetune")
+        raise InputError(f"{source}: found a checkpoint of {state['stage']}, expected one of teacher, pretrain or finetune")
     else:
         weights = bare(state.get("model", state.get("state_dict", state)))
         if "pos_embed" in weights:
@@ -312,7 +318,10 @@ def transfer(state, arguments, **task):
     if arguments["positions"] == "shared":                          # BEiT: one bias for each block from here on
         arguments["positions"] = "block"
     model = VisionTransformer(**arguments)
-    return model, arguments, load_backbone(model, weights) if weights else list(model.state_dict())
+    try:
+        return model, arguments, load_backbone(model, weights) if weights else list(model.state_dict())
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
 
 
 def bare(weights):
@@ -339,7 +348,7 @@ def load_backbone(model, state):
                 state[key] = shared
     for key in [k for k in state if k in own and state[k].shape != own[k].shape]:
         if key.endswith("relative_position_bias_table") and state[key].shape[1] == own[key].shape[1]:
-            state[key] = resize_position_bias(state[key], model.grid, model.grid)
+            state[key] = resize_bias_table(state[key], model.grid, model.grid)
         elif key == "pos_embed":
             state[key] = resize_positions(state[key], model.grid, model.grid)
         elif key.startswith(heads):
@@ -355,13 +364,31 @@ def load_backbone(model, state):
     return missing
 
 
-def resize_position_bias(table, h, w):
-    """A square grid's bias table, of (2g − 1)² + 3 rows, for h × w patches, bicubic (our choice: BEiT
-    interpolates along a geometric sequence); the three rows of the class token stay."""
-    patches, special = table[:-3], table[-3:]
-    image = patches.float().T.unflatten(1, (math.isqrt(len(patches)), -1)).unsqueeze(0)  # (1, heads, 2g−1, 2g−1)
-    image = F.interpolate(image, (2 * h - 1, 2 * w - 1), mode="bicubic", align_corners=True)
-    return torch.cat([image[0].flatten(1).T.to(table.dtype), special])
+def resize_bias_table(table, h, w):
+    """A square grid's bias table, of (2g − 1)² + 3 rows, for h × w patches; the three rows of the class token stay."""
+    side = math.isqrt(len(table) - 3)                                               # 2g − 1
+    image = table[:-3].float().T.unflatten(1, (side, side))                         # (heads, 2g−1, 2g−1)
+    down, across = (offset_weights((side + 1) // 2, n).to(image) for n in (h, w))
+    image = down @ image @ across.T                                                 # (heads, 2h−1, 2w−1)
+    return torch.cat([image.flatten(1).T.to(table.dtype), table[-3:]])
+
+
+@functools.lru_cache
+def offset_weights(old, new):
+    """Linear interpolation from the offsets −(old−1)…old−1 to −(new−1)…new−1 → (2·new − 1, 2·old − 1).
+
+    As in BEiT the old offsets lie at 1, 1+q, 1+q+q², … on either side, with the q ≥ 1 that brings the farthest to the
+    farthest: near ones keep their distance. A smaller grid (q = 1) leaves the far ones out. (Between the places BEiT
+    interpolates by cubic splines.)
+    """
+    low, high = 1.0, float(max(new, 2))
+    for _ in range(50):                                                             # bisection
+        q = (low + high) / 2
+        low, high = (q, high) if sum(q ** i for i in range(old - 1)) < new - 1 else (low, q)
+    right = np.cumsum([low ** i for i in range(old - 1)])
+    places = np.concatenate([-right[::-1], [0.0], right])
+    targets = np.arange(1 - new, new)
+    return torch.from_numpy(np.stack([np.interp(targets, places, row) for row in np.eye(2 * old - 1)], 1)).float()
 
 
 def resize_positions(embedding, h, w):
@@ -376,8 +403,8 @@ class ViTPyramid(nn.Module):
     """A ViT's patch maps at a quarter, half, once and twice the patches' stride, for dense prediction (BEiT's
     segmentation): images (B, 3, H, W) → four of (B, D, ·, ·).
 
-    They are tapped after blocks 4, 6, 8 and 12 of 12, in that proportion at other depths. GroupNorm stands in
-    for BEiT's SyncBatchNorm [ours]: a step is the same however its batch is split.
+    They are tapped after blocks 4, 6, 8 and 12 of 12, in that proportion at other depths. GroupNorm, of 16 channels
+    a group, stands in for BEiT's SyncBatchNorm (our choice): an image's result does not depend on its batch.
     """
 
     def __init__(self, vit):
@@ -390,8 +417,8 @@ class ViTPyramid(nn.Module):
         self.up2 = nn.ConvTranspose2d(dim, dim, 2, 2)
 
     def forward(self, images):
-        first, second, third, fourth = self.vit.features(images, self.layers)
-        return [self.up4(first), self.up2(second), third, F.max_pool2d(fourth, 2)]
+        first, second, third, fourth = self.vit.features(images, self.layers)       # (B, D, h, w) each
+        return [self.up4(first), self.up2(second), third, F.max_pool2d(fourth, 2, ceil_mode=True)]  # (4h, 4w) … (h/2, w/2)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-FREE = {"output", "resume", "workers", "log_every", "save_every", "skip_bad_images"}  # do not change a whole run's weights
+FREE = {"output", "resume", "workers", "log_every", "save_every", "skip_bad_images", "pictures"}  # do not change the weights
 TIMEOUT = timedelta(minutes=10)                            # for a rank that hangs: NCCL's default, for gloo too
 
 
@@ -54,17 +54,18 @@ def launch(main, args):
             worker.kill()
 
 
-def parser(doc, stage):
-    """A parser with the flags that all stages share; their defaults come from the recipe."""
+def parser(doc, stage, data="synthetic[:IMAGES], cifar10, cifar100, or a folder with train/ and val/ (ImageFolder)"):
+    """A parser with the flags that all stages share; their defaults come from the recipe. data: what --data may be."""
     p = argparse.ArgumentParser(description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.set_defaults(stage=stage)
+    p.set_defaults(stage=stage, augment="image")
     p.add_argument("--recipe", default="paper", help="bundle of defaults, from RECIPES at the top of the script")
-    p.add_argument("--data", help="synthetic[:IMAGES], cifar10, cifar100, or a folder with train/ and val/ (ImageFolder)")
+    p.add_argument("--data", help=data)
     p.add_argument("--output", default=f"runs/RECIPE/{stage}", help="folder of checkpoints and log")
     p.add_argument("--image-size", type=int, help="pixels")
     p.add_argument("--batch-size", type=int, help="images of a step, over all ranks and accumulation steps")
-    p.add_argument("--augment", choices=["image", "batch"], default="image", help="image: each in a loader's worker; batch: whole "
-                   "batches where the model is, for small data sets of images that come at --image-size")
+    if stage not in ("segment", "detect"):
+        p.add_argument("--augment", choices=["image", "batch"], default="image", help="image: each in a loader's worker; batch: "
+                       "whole batches where the model is, for small data sets of images that come at --image-size")
     p.add_argument("--skip-bad-images", type=int, default=0, help="so many training images that cannot be read are replaced by others; "
                    "one more ends the run")
     p.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step on each rank")
@@ -92,8 +93,10 @@ def parse(p, recipes, argv=None):
     p.set_defaults(**recipes[name])
     args = p.parse_args(argv)
     args.lr *= args.batch_size / recipes[name]["batch_size"]
-    if args.epochs and args.steps == recipes[name].get("steps"):
-        args.steps = None                                  # --epochs over a recipe in steps
+    if args.epochs and "steps" in recipes[name]:           # --epochs over a recipe in steps
+        if args.steps != recipes[name]["steps"]:
+            p.error("--epochs and --steps: one of them")
+        args.steps = None
     for key, value in vars(args).items():
         if isinstance(value, str):
             setattr(args, key, value.replace("RECIPE", name))
@@ -306,16 +309,11 @@ def resume(args, modules, optimizer):
     Raises InputError where the folder cannot be written, another run is writing there, or it holds a run begun with
     other arguments.
     """
-    folder, step, best, pending = Path(args.output), 0, None, False
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if rank() == 0:
-            lock(folder)
-            (folder / "write.tmp").touch()
-            for temporary in folder.glob("*.tmp"):         # those of a run killed while it wrote, too
-                temporary.unlink()
-    except OSError as error:
-        raise InputError(f"--output {folder}: not writable ({error.strerror}); choose another") from error
+    folder, step, best, pending = make_folder(args), 0, None, False
+    if rank() == 0:
+        lock(folder)
+        for temporary in folder.glob("*.tmp"):             # of a run that was killed while it wrote
+            temporary.unlink()
     if list(folder.glob("step-*.pt")):
         state = load_checkpoint(folder)
         now, then = vars(args), state["args"]
@@ -330,7 +328,7 @@ def resume(args, modules, optimizer):
             raise InputError(f"--output {folder} holds a run of another architecture: choose another --output")
         for name, module in modules.items():
             module.load_state_dict(state[name])
-        own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
         for group, values in zip(optimizer.param_groups, own):
             group.update(values)                           # --resume force: the new weight decay counts
@@ -343,6 +341,17 @@ def resume(args, modules, optimizer):
                          "it must lie on storage that all machines share")
     log(args, args=vars(args), world_size=world_size(), hardware=hardware(), torch=torch.__version__, step=step)
     return step, best, pending
+
+
+def make_folder(args):
+    """Make args.output, and see that it can be written. Raises InputError."""
+    folder = Path(args.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "log.jsonl", "a"):
+            return folder
+    except OSError as error:
+        raise InputError(f"--output {folder}: not writable ({error.strerror}); choose another") from error
 
 
 def lock(folder):
@@ -358,7 +367,7 @@ def lock(folder):
 
 def report(args, row, **context):
     """An evaluation without training goes to the log of --output all the same."""
-    Path(args.output).mkdir(parents=True, exist_ok=True)
+    make_folder(args)
     log(args, **context, **row)
     return row
 

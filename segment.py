@@ -36,13 +36,13 @@ RECIPES = {
 
 
 def get_args(argv=None):
-    p = runtime.parser(__doc__, "segment")
+    p = runtime.parser(__doc__, "segment", data="synthetic[:IMAGES], or a folder in ADE20K's layout: images/ and annotations/")
     p.add_argument("--init", default="runs/RECIPE/pretrain", help="run or checkpoint of pretrain.py, finetune.py or teacher.py, "
                    "a file of BEiT's, timm's or MoCo v3's ViT-B, or none: from scratch; with --eval: a run of segment.py")
     p.add_argument("--eval", action="store_true", help="only evaluate --init")
     p.add_argument("--eval-mode", choices=["slide", "whole"], default="slide", help="slide: windows of --image-size, a third of "
                    "which overlaps, their logits averaged; whole: the image at once")
-    p.add_argument("--classes", type=int, help="of the data set's folder; 0 in its annotations is ignored")
+    p.add_argument("--classes", type=int, help="of a folder; 0 in its annotations is ignored")
     p.add_argument("--model", choices=SIZES, help="where --init does not say")
     p.add_argument("--patch-size", type=int, help="pixels")
     p.add_argument("--betas", type=float, nargs=2, help="of AdamW")
@@ -86,7 +86,11 @@ class Ade20k(Dataset):
 
     def __getitem__(self, index):
         image, annotation = self.samples[index]
-        image, labels = Image.open(image), np.array(Image.open(annotation))
+        image = Image.open(image)
+        try:
+            labels = np.array(Image.open(annotation))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise runtime.InputError(f"{annotation}: not a readable image ({error}); restore or remove it") from error
         if labels.shape != image.size[::-1]:
             raise runtime.InputError(f"{annotation}: its shape is {labels.shape}, the image's {image.size[::-1]}")
         if labels.max() > len(self.classes):
@@ -107,9 +111,10 @@ class VariedCrop(T.RandomCrop):
 
 
 def train_transform(size):
-    """BEiT's (mmsegmentation's for ADE20K): the shorter side to 0.5…2 × size, crop, flip, photometric distortion: each
-    kind at even odds, brightness by a factor where that adds. Labels as they are: 0 outside the image too."""
-    jitters = [T.ColorJitter(brightness=32 / 255), T.ColorJitter(contrast=0.5), T.ColorJitter(saturation=0.5),
+    """BEiT's (mmsegmentation's for ADE20K): the shorter side to 0.5…2 × size, crop, flip, photometric distortion, each
+    kind at even odds. Labels as they are: 0 outside the image too. README says where it differs."""
+    # its "brightness" adds up to 32 of 255; its "contrast" multiplies, which here is called brightness
+    jitters = [T.ColorJitter(brightness=32 / 255), T.ColorJitter(brightness=0.5), T.ColorJitter(saturation=0.5),
                T.ColorJitter(hue=18 / 180)]
     crop = VariedCrop(size, pad_if_needed=True, fill={tv_tensors.Mask: 0, "others": 128})
     return data.Joint([T.RandomResize(size // 2, 2 * size), crop, T.RandomHorizontalFlip(),
@@ -130,7 +135,7 @@ def eval_transform(size):
 # The network
 
 def conv(inputs, outputs, kernel):
-    """Convolution, norm, ReLU. GroupNorm stands in for BEiT's SyncBatchNorm (our choice, as in ViTPyramid)."""
+    """Convolution, norm, ReLU; GroupNorm of 16 channels a group for BEiT's SyncBatchNorm (our choice, as in ViTPyramid)."""
     return Conv2dNormActivation(inputs, outputs, kernel, norm_layer=lambda channels: nn.GroupNorm(channels // 16, channels))
 
 
@@ -151,14 +156,16 @@ class UPerHead(nn.Module):
         self.fuse = conv(4 * dim, dim, 3)
         self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(dim, classes, 1))
 
-    def forward(self, maps):
-        coarsest = maps[3]
-        top = self.pooled(torch.cat([coarsest, *(resize(pool(coarsest), coarsest.shape[2:]) for pool in self.pools)], 1))
+    def forward(self, maps):                                                        # of ViTPyramid, (B, D, 4h, 4w) first
+        coarsest = maps[3]                                                          # (B, D, h/2, w/2)
+        pooled = [resize(pool(coarsest), coarsest.shape[2:]) for pool in self.pools]
+        top = self.pooled(torch.cat([coarsest, *pooled], 1))
         pyramid = [top]
         for level in (2, 1, 0):                                                     # from coarse to fine
             top = self.lateral[level](maps[level]) + resize(top, maps[level].shape[2:])
             pyramid.append(self.smooth[level](top))
-        return self.classify(self.fuse(torch.cat([resize(x, maps[0].shape[2:]) for x in pyramid], 1)))
+        fused = self.fuse(torch.cat([resize(x, maps[0].shape[2:]) for x in pyramid], 1))
+        return self.classify(fused)                                                 # (B, classes, 4h, 4w)
 
 
 class Segmenter(nn.Module):
@@ -174,15 +181,16 @@ class Segmenter(nn.Module):
 
     def forward(self, images):
         vit, (height, width) = self.backbone.vit, images.shape[2:]
-        whole = [n * vit.patch_size for n in vit.grid_of(images)]                   # padded to whole patches
+        padded = [n * vit.patch_size for n in vit.grid_of(images)]                  # to whole patches
         maps = self.backbone(images)
-        logits = resize(self.head(maps), whole)[..., :height, :width]
-        return (logits, resize(self.aux(maps[2]), whole)[..., :height, :width]) if self.training else logits
+        heads = [self.head(maps), self.aux(maps[2])] if self.training else [self.head(maps)]
+        logits = [resize(x.float(), padded)[..., :height, :width] for x in heads]   # fp32, as in mmsegmentation
+        return logits if self.training else logits[0]
 
 
 def pixel_loss(logits, labels):
     """Cross-entropy; pixels of label 0 have none, but count in the mean (mmsegmentation, so BEiT)."""
-    return F.cross_entropy(logits.float(), labels.long() - 1, ignore_index=-1, reduction="sum") / labels.numel()
+    return F.cross_entropy(logits, labels.long() - 1, ignore_index=-1, reduction="sum") / labels.numel()
 
 
 def build(args, classes):
@@ -196,10 +204,7 @@ def build(args, classes):
         return model, state["model_args"], state["digest"]
     state = runtime.load_checkpoint(args.init) if args.init != "none" else {}
     own = dict(SIZES[args.model], patch_size=args.patch_size, positions="block", layer_scale=args.layer_scale)
-    try:
-        vit, own, _ = transfer(state, own, image_size=args.image_size, drop_path=args.drop_path, classes=0)
-    except runtime.InputError as error:
-        raise runtime.InputError(f"--init {args.init}: {error}") from error
+    vit, own, _ = transfer(f"--init {args.init}", state, own, image_size=args.image_size, drop_path=args.drop_path, classes=0)
     return Segmenter(vit, classes), dict(vit=own, classes=classes), state.get("digest")
 
 
@@ -216,15 +221,12 @@ def slide(model, images, size):
     height, width = images.shape[2:]
     tops, lefts = ([min(start, max(n - size, 0)) for start in range(0, max(n - size, 0) + size * 2 // 3, size * 2 // 3)]
                    for n in (height, width))
-    total, count = 0.0, torch.zeros(height, width, device=images.device)
-    for top in tops:
-        for left in lefts:
-            place = slice(top, top + size), slice(left, left + size)
-            logits = model(images[:, :, *place]).float()
-            if not count.any():
-                total = logits.new_zeros(*logits.shape[:2], height, width)
-            total[:, :, *place] += logits
-            count[place] += 1
+    places = [(..., slice(top, top + size), slice(left, left + size)) for top in tops for left in lefts]
+    windows = [model(images[place]) for place in places]                            # (B, classes, size, size) each
+    total, count = windows[0].new_zeros(*windows[0].shape[:2], height, width), windows[0].new_zeros(height, width)
+    for place, logits in zip(places, windows):
+        total[place] += logits
+        count[place] += 1
     return total / count
 
 
@@ -257,14 +259,13 @@ def evaluate(args, model, dataset, device):
     classes and pictures in --output."""
     model.eval()
     classes, autocast, folder = len(dataset.classes), runtime.autocast(args, device), Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     loader = data.eval_loader(dataset, eval_transform(args.image_size), 1, args.workers)
     for number, (images, labels) in enumerate(loader):
         images, labels = images.to(device), labels.to(device)
         with autocast:
             logits = slide(model, images, args.image_size) if args.eval_mode == "slide" else model(images)
-        predicted = resize(logits.float(), labels.shape[1:]).argmax(1) + 1
+        predicted = resize(logits, labels.shape[1:]).argmax(1) + 1
         confusion += confusion_matrix(predicted, labels, classes)
         if runtime.rank() == 0 and number < args.pictures:
             draw(images, labels, predicted, classes, folder / f"picture-{number}.png")
@@ -287,6 +288,7 @@ def main(args):
     model, model_args, args.init_digest = build(args, len(val.classes))
     model.to(device)
     if args.eval:
+        runtime.make_folder(args)
         return runtime.report(args, evaluate(args, model, val, device), init=args.init, split="val")
     model.backbone.vit.checkpoint_activations = args.checkpoint_activations
     dataset = load_dataset(args.data, "train", args.image_size, args.classes)

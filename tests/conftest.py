@@ -42,6 +42,18 @@ def end_workers():
         worker.kill()
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "faults: what a long run meets")
+    config.addinivalue_line("markers", "long: takes minutes; only run where -m names it")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "long" not in config.option.markexpr:
+        chosen = [item for item in items if "long" not in item.keywords]
+        config.hook.pytest_deselected(items=[item for item in items if "long" in item.keywords])
+        items[:] = chosen
+
+
 def pytest_sessionfinish():
     end_workers()
 

@@ -2,6 +2,7 @@
 under torchrun (python -m torch.distributed.run … ranks.py FOLDER), where each rank saves what it got."""
 import copy
 import sys
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -109,7 +110,8 @@ class Oracle(torch.nn.Module):
 
 def dense():
     """7 images over the ranks: the scores of a random segmenter, the AP of a perfect detector."""
-    args = Namespace(image_size=16, batch_size=4, accumulate=1, workers=0, amp="fp32", eval_mode="slide", output=".", pictures=0)
+    args = Namespace(image_size=16, batch_size=4, accumulate=1, workers=0, amp="fp32", eval_mode="slide", pictures=0,
+                     output=tempfile.mkdtemp())
     torch.manual_seed(0)
     vit = VisionTransformer(16, 4, dim=16, depth=1, heads=2, positions="block")
     masks = segment.evaluate(args, segment.Segmenter(vit, 11), data.Scenes("val", 7, 16, target="masks"), CPU)

@@ -97,10 +97,21 @@ def test_bad_coco_files(folder, capsys):
     flags = ["--data", "coco", "--init", "none", "--batch-size", "2", "--steps", "1"]
     path = root / "train2017" / "000000000014.jpg"
     path.write_bytes(path.read_bytes()[:100])
-    assert "000000000014.jpg: not a readable image" in fails(capsys, "detect", *flags, "--batch-size", "4", "--output", "a")
+    message = fails(capsys, "detect", *flags, "--batch-size", "4", "--output", "a")
+    assert message.startswith("detect.py: coco/train2017/000000000014.jpg: not a readable image")
     path.unlink()
     assert "000000000014.jpg: not a readable image" in fails(capsys, "detect", *flags, "--batch-size", "4", "--output", "a")
-    (root / "annotations" / "instances_train2017.json").unlink()
+    file = root / "annotations" / "instances_train2017.json"
+    whole = json.loads(file.read_text())
+    for damage in (lambda a: a.pop("segmentation"), lambda a: a.update(category_id=5), lambda a: a.pop("area")):
+        changed = json.loads(file.read_text())
+        damage(changed["annotations"][2])
+        file.write_text(json.dumps(changed))
+        assert fails(capsys, "detect", *flags).startswith("detect.py: coco/annotations/instances_train2017.json: not COCO's format")
+        file.write_text(json.dumps(whole))
+    file.write_text("{")
+    assert "instances_train2017.json: not COCO's format" in fails(capsys, "detect", *flags)
+    file.unlink()
     assert "it has no annotations/instances_train2017.json" in fails(capsys, "detect", *flags)
     (root / "val2017").rename(root / "test2017")
     assert "coco: it has no val2017/ folder" in fails(capsys, "detect", *flags)
@@ -210,6 +221,34 @@ def test_training_sizes_are_drawn_and_the_last_is_evaluations(monkeypatch):
     assert seen[-1] == (32, 48)
 
 
+def test_boxes_are_in_fp32_under_autocast(monkeypatch):
+    """In bf16 a coordinate above 512 would be a multiple of 4."""
+    network, seen = tiny(), []
+    network.backbone.autocast = torch.autocast("cpu", torch.bfloat16)
+    filter_proposals = network.rpn.filter_proposals
+    monkeypatch.setattr(network.rpn, "filter_proposals", lambda proposals, *rest: seen.append(proposals.dtype)
+                        or filter_proposals(proposals, *rest))
+    dtypes = []
+    network.backbone.pyramid.vit.blocks[0].mlp.fc1.register_forward_hook(lambda module, x, y: dtypes.append(y.dtype))
+    detections = network.eval()([torch.rand(3, 32, 48, generator=seeded())])[0]
+    assert dtypes == [torch.bfloat16] and seen == [torch.float32]
+    assert detections["boxes"].dtype == detections["scores"].dtype == torch.float32
+
+
+def test_an_image_is_evaluated_by_itself(folder):
+    """Whatever the batch size: beside a larger image it would be padded."""
+    dataset, rows = detect.load_dataset(str(make_coco(folder / "coco")), "val", 0), []
+    dataset.ids = dataset.ids[2:5]
+    for batch_size in ("16", "1"):
+        torch.manual_seed(0)
+        args = detect.get_args([*COMMON, "--batch-size", batch_size, "--output", ".", "--pictures", "0"])
+        seen, network = [], tiny()
+        network.forward = lambda images, forward=network.forward: seen.append(len(images)) or forward(images)
+        rows.append(detect.evaluate(args, network, dataset, torch.device("cpu")))
+        assert seen == [1, 1, 1]
+    assert rows[0] == rows[1] and rows[0]["images"] == 3
+
+
 def test_schedule():
     """Epochs 9 and 11 of 12; 27 and 33 of 36."""
     values = [detect.schedule(step, 120, 10, 1.0) for step in range(120)]
@@ -250,6 +289,3 @@ def test_it_learns(folder):
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
     assert log("runs/demo/detect", "val")[-1]["box_ap50"] > 10 and math.isfinite(rows[-1]["grad_norm"])
 
-
-def test_batch_augmentation_is_refused(capsys):
-    assert "--augment image" in fails(capsys, "detect", "--init", "none", "--augment", "batch")

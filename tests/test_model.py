@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import torchvision
 
 from model import (IMAGENET_MEAN, IMAGENET_STD, PerceptualLoss, Quantizer, RelativePositionBias,
-                   VisionTransformer, ViTPyramid, VQTokenizer, block_mask, load_backbone, param_groups, position_bias,
-                   relative_position_index, resize_position_bias, resize_positions, sincos_positions)
+                   VisionTransformer, ViTPyramid, VQTokenizer, block_mask, load_backbone, offset_weights, param_groups, position_bias,
+                   relative_position_index, resize_bias_table, resize_positions, sincos_positions)
 from tokenizer import PatchDiscriminator
 
 
@@ -299,7 +299,7 @@ def test_perceptual_loss_against_a_plain_loop():
         tokens = torch.cat([network.cls_token.expand(2, -1, -1), tokens], 1) + network.pos_embed
         after = []
         for block in network.blocks:
-            tokens = block(tokens, (4, 4))
+            tokens = block(tokens)
             after.append(tokens[:, 1:].transpose(1, 2).reshape(2, 32, 4, 4))
         maps.append([after[0], after[2]])
     assert math.isclose(loss(x, x_hat).item(), plain_perceptual(*maps), rel_tol=1e-4)
@@ -490,7 +490,8 @@ def test_relative_position_index_against_a_double_loop():
 def test_relative_position_bias_looks_up_the_table():
     bias = RelativePositionBias(3, 2)
     torch.nn.init.normal_(bias.relative_position_bias_table, generator=seeded())
-    out, index = bias(3, 3), relative_position_index(3, 3)
+    index = relative_position_index(3, 3)
+    out = bias(3, 3, index)
     assert out.shape == (1, 2, 10, 10)
     for head in range(2):
         for i in range(10):
@@ -504,19 +505,36 @@ def table(grid, heads=2):
 
 def test_position_bias_interpolation():
     own = table(4)
-    assert torch.allclose(resize_position_bias(own, 4, 4), own, atol=1e-6)                  # the same size
-    for h, w in ((3, 3), (7, 7), (3, 6), (5, 2)):
+    assert torch.equal(resize_bias_table(own, 4, 4), own)                                   # the same size
+    for h, w in ((3, 3), (7, 7), (5, 9), (3, 6), (6, 2), (1, 41)):
         rows = (2 * h - 1) * (2 * w - 1) + 3
-        resized = resize_position_bias(own, h, w)
+        resized = resize_bias_table(own, h, w)
         assert resized.shape == (rows, 2) and torch.equal(resized[-3:], own[-3:])           # the class token's
-        constant = resize_position_bias(torch.full_like(own, 0.7), h, w)
+        constant = resize_bias_table(torch.full_like(own, 0.7), h, w)
         assert torch.allclose(constant, torch.full_like(constant, 0.7), atol=1e-6)
         symmetric = torch.cat([own[:-3] + own[:-3].flip(0), own[-3:]])                      # (dy, dx) as (−dy, −dx)
-        resized = resize_position_bias(symmetric, h, w)[:-3]
+        resized = resize_bias_table(symmetric, h, w)[:-3]
         assert torch.allclose(resized, resized.flip(0), atol=1e-5)
-        # distance 0 stays distance 0, and the farthest the farthest
-        assert torch.allclose(resize_position_bias(own, h, w)[(rows - 3) // 2], own[(len(own) - 3) // 2], atol=1e-5)
-        assert torch.allclose(resize_position_bias(own, h, w)[0], own[0], atol=1e-5)
+        old = own[:-3].view(7, 7, 2)
+        new = resize_bias_table(own, h, w)[:-3].view(2 * h - 1, 2 * w - 1, 2)
+        assert torch.allclose(new[h - 1, w - 1], old[3, 3], atol=1e-5)                      # distance 0 stays distance 0
+        if h > 1 and w > 1:
+            assert torch.allclose(new[h:h + 1, w - 2], old[4:5, 2], atol=1e-5)              # and 1 stays 1
+        if h >= 4 and w >= 4:                                                               # the farthest the farthest
+            assert torch.allclose(new[[0, 0, -1], [0, -1, -1]], old[[0, 0, -1], [0, -1, -1]], atol=1e-4)
+
+
+def test_places_of_old_offsets_are_a_geometric_sequence():
+    """From 4 patches to 9: 3 offsets a side that end at 8: 1, 1 + q, 1 + q + q², so q² + q = 7."""
+    q = (29 ** 0.5 - 1) / 2
+    weights = offset_weights(4, 9)                                                          # of targets −8…8
+    for target, place in ((0, 0), (1, 1), (8, 1 + q + q * q)):
+        old = [0, 1, 1 + q, 1 + q + q * q].index(place)
+        assert weights[8 + target, 3 + old] == pytest.approx(1, abs=1e-5)
+    inside = (2 - 1) / q                                                                    # 2 lies between 1 and 1 + q
+    assert weights[10, 4:6].tolist() == pytest.approx([1 - inside, inside], abs=1e-5)
+    assert torch.allclose(weights.sum(1), torch.ones(17)) and torch.equal(weights, weights.flip(0, 1))
+    assert torch.equal(offset_weights(4, 2), torch.eye(7)[2:5])                             # smaller: the far ones go
 
 
 @pytest.mark.parametrize("positions", ["shared", "block", "absolute"])
@@ -534,7 +552,7 @@ def test_pyramid_of_a_vit():
     """Strides p/4 to 2p, after blocks 4, 6, 8 and 12 of 12 and in that proportion."""
     pyramid = ViTPyramid(tiny_vit(depth=4))
     assert pyramid.layers == [1, 2, 3, 4]
-    assert [tuple(f.shape) for f in pyramid(pixels(2, 3, 16, 22))] == [(2, 32, 16, 24), (2, 32, 8, 12), (2, 32, 4, 6), (2, 32, 2, 3)]
+    assert [tuple(f.shape) for f in pyramid(pixels(2, 3, 12, 22))] == [(2, 32, 12, 24), (2, 32, 6, 12), (2, 32, 3, 6), (2, 32, 2, 3)]
     assert ViTPyramid(tiny_vit(depth=12)).layers == [4, 6, 8, 12] and ViTPyramid(tiny_vit(depth=24)).layers == [8, 12, 16, 24]
     images = pixels(1, 3, 16, 16)
     third, fourth = pyramid.vit.features(images, [3, 4])
@@ -545,11 +563,12 @@ def test_pyramid_of_a_vit():
 def test_interpolated_bias_keeps_its_axes(positions):
     """A bias that depends on the row's distance alone still does on a grid of another shape."""
     model = tiny_vit(positions=positions)
-    module = model.rel_pos_bias if positions == "shared" else model.blocks[0].attn
-    side = 2 * module.grid - 1
+    own = (model.rel_pos_bias if positions == "shared" else model.blocks[0].attn).relative_position_bias_table
+    side = 2 * model.grid - 1
     with torch.no_grad():
-        module.relative_position_bias_table[:-3] = torch.arange(side).repeat_interleave(side)[:, None].float()
-    bias = position_bias(module, 3, 6)[0, 0, 1:, 1:].view(3, 6, 3, 6)                       # query row, column; key row, column
+        own[:-3] = torch.arange(side).repeat_interleave(side)[:, None].float()
+    bias = position_bias(own, 3, 6, relative_position_index(3, 6))
+    bias = bias[0, 0, 1:, 1:].view(3, 6, 3, 6)                                              # query row, column; key row, column
     assert torch.allclose(bias, bias[:, :1, :, :1].expand_as(bias), atol=1e-5)
     rows = bias[:, 0, :, 0]
     assert (rows[1:] > rows[:-1]).all() and (rows[:, 1:] < rows[:, :-1]).all()
@@ -595,7 +614,7 @@ def test_backbone_loads_at_another_image_size():
     source, target = tiny_vit(codes=8), tiny_vit(image_size=32, positions="block", classes=3)
     load_backbone(target, source.state_dict())
     own = target.blocks[1].attn.relative_position_bias_table
-    assert torch.equal(own, resize_position_bias(source.rel_pos_bias.relative_position_bias_table, 8, 8))
+    assert torch.equal(own, resize_bias_table(source.rel_pos_bias.relative_position_bias_table, 8, 8))
     assert target(pixels(2, 3, 32, 32)).shape == (2, 3)
 
 
