@@ -506,3 +506,20 @@ def test_stopped_at_an_epochs_end_it_is_evaluated_when_it_goes_on(chain, monkeyp
     for name in ("best.pt", "step-00000004.pt", "step-00000006.pt"):
         one, whole = runtime.load_checkpoint(f"run/{name}"), runtime.load_checkpoint(f"whole/{name}")
         assert weights(one) == weights(whole) and one["best"] == whole["best"] and one["evaluated"]
+
+
+def golden_loss(state):
+    """Cross-entropy of a fixed batch: a wave, every third patch masked, codes in turn."""
+    network = model.VisionTransformer(**state["model_args"])
+    network.load_state_dict(state["model"])
+    images = torch.linspace(0, 60, 2 * 3 * 16 * 16).sin().view(2, 3, 16, 16)
+    mask = (torch.arange(2 * 16) % 3 == 0).view(2, 4, 4)
+    return torch.nn.functional.cross_entropy(network(images, mask), torch.arange(int(mask.sum())) % 8).item()
+
+
+def test_golden_checkpoint():
+    """tests/golden.pt was written by the first version that had this test; its loss is in it. To 1e-5: other kernels."""
+    state = runtime.load_checkpoint(ROOT / "tests" / "golden.pt", ["pretrain"])
+    assert golden_loss(state) == pytest.approx(state["best"], rel=1e-5)
+    state["model"]["blocks.1.mlp.fc1.weight"][0, 0] += 0.5  # the control
+    assert golden_loss(state) != pytest.approx(state["best"], rel=1e-5)
