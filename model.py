@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import StochasticDepth
 
-from runtime import InputError, rank, world_size
+from runtime import InputError, load_checkpoint, rank, world_size
 
 # width D, blocks, heads: DeiT's tiny and small, ViT's base, large and huge; nano is ours, for the demo.
 SIZES = {
@@ -296,6 +296,25 @@ def param_groups(model, weight_decay, layer_decay=1.0, vit=""):
     return list(groups.values())
 
 
+def load(path):
+    """The network of a run or checkpoint, ready to use: a VQTokenizer of tokenizer.py's, a VisionTransformer of
+    teacher.py's, pretrain.py's and finetune.py's → in eval mode, on the CPU, with .preprocess: PIL image → (3, H, W)."""
+    from data import eval_transform                                                 # for users alone: no stage comes here
+
+    state = load_checkpoint(path, ["teacher", "tokenizer", "pretrain", "finetune"])
+    model = (VQTokenizer if state["stage"] == "tokenizer" else VisionTransformer)(**state["model_args"])
+    model.load_state_dict(trained_weights(state))
+    model.preprocess = eval_transform(model.image_size, state["args"].get("eval_crop", 0.875))
+    return model.eval().requires_grad_(False)
+
+
+def trained_weights(state):
+    """What was evaluated in training: the average of the weights where there is one."""
+    if "ema" not in state:
+        return state["model"]
+    return {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
+
+
 def transfer(source, state, arguments, **task):
     """A ViT for a new task from another's checkpoint: of teacher.py, pretrain.py or finetune.py, or a file of timm's,
     BEiT's or MoCo v3's → (the ViT, its arguments, names of the weights that are not in the checkpoint).
@@ -305,9 +324,7 @@ def transfer(source, state, arguments, **task):
     checkpoint is of something else.
     """
     if state.get("stage") in ("teacher", "pretrain", "finetune"):
-        arguments, weights = state["model_args"], state["model"]
-        if "ema" in state:                                                          # what was evaluated in training
-            weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
+        arguments, weights = state["model_args"], trained_weights(state)
     elif state.get("stage"):
         raise InputError(f"{source}: found a checkpoint of {state['stage']}, expected one of teacher, pretrain or finetune")
     else:

@@ -23,7 +23,7 @@ def test_paper_map_points_at_code():
 def test_flags_exist():
     helps = "".join((ROOT / f"{stage.__name__}.py").read_text() for stage in (teacher, tokenizer, pretrain, finetune, segment, detect))
     helps += "".join(path.read_text() for path in (ROOT / "runtime.py", *(ROOT / "tools").glob("*.py")))
-    torchrun = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
+    torchrun = {"--max-restarts", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
     flags = set(re.findall(r"--[a-z][a-z-]+", README)) - torchrun
     assert len(flags) > 15
     for flag in flags:
