@@ -53,24 +53,24 @@ RECIPES = {
 
 def get_args(argv=None):
     p = runtime.parser(__doc__, "detect", data="synthetic[:IMAGES], or a folder in COCO's layout: train2017/, val2017/, annotations/")
-    p.add_argument("--init", default="runs/RECIPE/pretrain", help="run or checkpoint of pretrain.py, finetune.py or teacher.py, "
+    p.model.add_argument("--init", default="runs/RECIPE/pretrain", help="run or checkpoint of pretrain.py, finetune.py or teacher.py, "
                    "a file of BEiT's, timm's or MoCo v3's ViT-B, or none: from scratch; with --eval: a run of detect.py")
-    p.add_argument("--eval", action="store_true", help="only evaluate --init")
-    p.add_argument("--min-size", type=int, help="smallest shorter side in training, pixels; it is drawn from there to "
+    p.output.add_argument("--eval", action="store_true", help="only evaluate --init")
+    p.data.add_argument("--min-size", type=int, help="smallest shorter side in training, pixels; it is drawn from there to "
                    "--image-size, which is evaluation's, in steps of 32")
-    p.add_argument("--max-size", type=int, help="largest longer side, pixels")
-    p.add_argument("--model", choices=SIZES, help="where --init does not say")
-    p.add_argument("--patch-size", type=int, help="pixels")
-    p.add_argument("--betas", type=float, nargs=2, help="of AdamW")
-    p.add_argument("--weight-decay", type=float)
-    p.add_argument("--layer-decay", type=float, help="the lr of a block is the next one's times this")
-    p.add_argument("--warmup-steps", type=int)
-    p.add_argument("--drop-path", type=float, help="rate of the last block, rising from 0")
-    p.add_argument("--layer-scale", type=float, help="initial value where --init is none; 0: none")
-    p.add_argument("--channels", type=int, help="of the feature pyramid and the heads")
-    p.add_argument("--boxes", type=int, help="sampled of an image in training, to classify")
-    p.add_argument("--pictures", type=int, default=8, help="validation images that are drawn at each evaluation")
-    p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
+    p.data.add_argument("--max-size", type=int, help="largest longer side, pixels")
+    p.model.add_argument("--model", choices=SIZES, help="where --init does not say")
+    p.model.add_argument("--patch-size", type=int, help="pixels")
+    p.schedule.add_argument("--betas", type=float, nargs=2, help="of AdamW")
+    p.schedule.add_argument("--weight-decay", type=float)
+    p.schedule.add_argument("--layer-decay", type=float, help="the lr of a block is the next one's times this")
+    p.schedule.add_argument("--warmup-steps", type=int)
+    p.model.add_argument("--drop-path", type=float, help="rate of the last block, rising from 0")
+    p.model.add_argument("--layer-scale", type=float, help="initial value where --init is none; 0: none")
+    p.model.add_argument("--channels", type=int, help="of the feature pyramid and the heads")
+    p.model.add_argument("--boxes", type=int, help="sampled of an image in training, to classify")
+    p.output.add_argument("--pictures", type=int, default=8, help="validation images that are drawn at each evaluation")
+    p.hardware.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
     return runtime.parse(p, RECIPES, argv)
 
 

@@ -55,30 +55,33 @@ def launch(main, args):
 
 
 def parser(doc, stage, data="synthetic[:IMAGES], cifar10, cifar100, or a folder with train/ and val/ (ImageFolder)"):
-    """A parser with the flags that all stages share; their defaults come from the recipe. data: what --data may be."""
-    p = argparse.ArgumentParser(description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """A parser with the flags that all stages share, in groups (p.data, p.model, …) by what one decides; their defaults
+    come from the recipe. data: what --data may be."""
+    p = argparse.ArgumentParser(description=doc.split("\n\n")[0])
+    for name in ("data", "model", "schedule", "hardware", "output"):
+        setattr(p, name, p.add_argument_group(name))
     p.set_defaults(stage=stage, augment="image")
     p.add_argument("--recipe", default="paper", help="bundle of defaults, from RECIPES at the top of the script")
-    p.add_argument("--data", help=data)
-    p.add_argument("--output", default=f"runs/RECIPE/{stage}", help="folder of checkpoints and log")
-    p.add_argument("--image-size", type=int, help="pixels")
-    p.add_argument("--batch-size", type=int, help="images of a step, over all ranks and accumulation steps")
+    p.data.add_argument("--data", help=data)
+    p.output.add_argument("--output", default=f"runs/RECIPE/{stage}", help="folder of checkpoints and log")
+    p.data.add_argument("--image-size", type=int, help="pixels")
+    p.schedule.add_argument("--batch-size", type=int, help="images of a step, over all ranks and accumulation steps")
     if stage not in ("segment", "detect"):
-        p.add_argument("--augment", choices=["image", "batch"], default="image", help="image: each in a loader's worker; batch: "
+        p.data.add_argument("--augment", choices=["image", "batch"], default="image", help="image: each in a loader's worker; batch: "
                        "whole batches where the model is, for small data sets of images that come at --image-size")
-    p.add_argument("--skip-bad-images", type=int, default=0, help="so many training images that cannot be read are replaced by others; "
+    p.data.add_argument("--skip-bad-images", type=int, default=0, help="so many training images that cannot be read are replaced by others; "
                    "one more ends the run")
-    p.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step on each rank")
-    p.add_argument("--epochs", type=int, help="passes over the training set")
-    p.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
-    p.add_argument("--lr", type=float, help="peak, at the recipe's batch size; scaled in proportion to --batch-size")
-    p.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and masks")
-    p.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) - 1), help="loader processes of a rank")
-    p.add_argument("--amp", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
-    p.add_argument("--compile", action="store_true", help="torch.compile the network")
-    p.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints, and evaluations")
-    p.add_argument("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
-    p.add_argument("--resume", choices=["auto", "force"], default="auto",
+    p.schedule.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step on each rank")
+    p.schedule.add_argument("--epochs", type=int, help="passes over the training set")
+    p.schedule.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
+    p.schedule.add_argument("--lr", type=float, help="peak, at the recipe's batch size; scaled in proportion to --batch-size")
+    p.schedule.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and masks")
+    p.hardware.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) - 1), help="loader processes of a rank")
+    p.hardware.add_argument("--amp", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    p.hardware.add_argument("--compile", action="store_true", help="torch.compile the network")
+    p.output.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints, and evaluations")
+    p.output.add_argument("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
+    p.output.add_argument("--resume", choices=["auto", "force"], default="auto",
                    help="a run found in --output goes on; force: even with other arguments")
     return p
 
@@ -91,6 +94,11 @@ def parse(p, recipes, argv=None):
     if name not in recipes:
         p.error(f"--recipe {name}: choose from {', '.join(recipes)}")
     p.set_defaults(**recipes[name])
+    for action in p._actions:                              # --help: the default, of each recipe where they say
+        shown = {key: recipe[action.dest] for key, recipe in recipes.items() if action.dest in recipe}
+        if shown or action.default is not None and action.default is not False and action.default != argparse.SUPPRESS:
+            default = "; ".join(f"{key}: {value}" for key, value in shown.items()) or action.default
+            action.help = f"{action.help or ''} [{default}]".strip().replace("%", "%%")
     args = p.parse_args(argv)
     args.lr *= args.batch_size / recipes[name]["batch_size"]
     if args.epochs and "steps" in recipes[name]:           # --epochs over a recipe in steps
@@ -248,6 +256,8 @@ def checkpoint(args, step, steps, epoch_steps, stopped, modules, optimizer, mode
     if stopped and step < steps:
         if dist.is_initialized():
             dist.barrier()                                 # the file is whole before any rank ends
+        if rank() == 0:
+            print(f"stopped at step {step} of {steps}: the same command goes on from {Path(args.output, name)}", file=sys.stderr)
         sys.exit(128 + stopped)
     if evaluate:
         metric = evaluate()

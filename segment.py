@@ -37,23 +37,23 @@ RECIPES = {
 
 def get_args(argv=None):
     p = runtime.parser(__doc__, "segment", data="synthetic[:IMAGES], or a folder in ADE20K's layout: images/ and annotations/")
-    p.add_argument("--init", default="runs/RECIPE/pretrain", help="run or checkpoint of pretrain.py, finetune.py or teacher.py, "
+    p.model.add_argument("--init", default="runs/RECIPE/pretrain", help="run or checkpoint of pretrain.py, finetune.py or teacher.py, "
                    "a file of BEiT's, timm's or MoCo v3's ViT-B, or none: from scratch; with --eval: a run of segment.py")
-    p.add_argument("--eval", action="store_true", help="only evaluate --init")
-    p.add_argument("--eval-mode", choices=["slide", "whole"], default="slide", help="slide: windows of --image-size, a third of "
+    p.output.add_argument("--eval", action="store_true", help="only evaluate --init")
+    p.output.add_argument("--eval-mode", choices=["slide", "whole"], default="slide", help="slide: windows of --image-size, a third of "
                    "which overlaps, their logits averaged; whole: the image at once")
-    p.add_argument("--classes", type=int, help="of a folder; 0 in its annotations is ignored")
-    p.add_argument("--model", choices=SIZES, help="where --init does not say")
-    p.add_argument("--patch-size", type=int, help="pixels")
-    p.add_argument("--betas", type=float, nargs=2, help="of AdamW")
-    p.add_argument("--weight-decay", type=float)
-    p.add_argument("--layer-decay", type=float, help="the lr of a block is the next one's times this")
-    p.add_argument("--warmup-steps", type=int)
-    p.add_argument("--drop-path", type=float, help="rate of the last block, rising from 0")
-    p.add_argument("--layer-scale", type=float, help="initial value where --init is none; 0: none")
-    p.add_argument("--aux-weight", type=float, help="of the auxiliary head's loss")
-    p.add_argument("--pictures", type=int, default=8, help="validation images that are drawn at each evaluation")
-    p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
+    p.data.add_argument("--classes", type=int, help="of a folder; 0 in its annotations is ignored")
+    p.model.add_argument("--model", choices=SIZES, help="where --init does not say")
+    p.model.add_argument("--patch-size", type=int, help="pixels")
+    p.schedule.add_argument("--betas", type=float, nargs=2, help="of AdamW")
+    p.schedule.add_argument("--weight-decay", type=float)
+    p.schedule.add_argument("--layer-decay", type=float, help="the lr of a block is the next one's times this")
+    p.schedule.add_argument("--warmup-steps", type=int)
+    p.model.add_argument("--drop-path", type=float, help="rate of the last block, rising from 0")
+    p.model.add_argument("--layer-scale", type=float, help="initial value where --init is none; 0: none")
+    p.schedule.add_argument("--aux-weight", type=float, help="of the auxiliary head's loss")
+    p.output.add_argument("--pictures", type=int, default=8, help="validation images that are drawn at each evaluation")
+    p.hardware.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
     return runtime.parse(p, RECIPES, argv)
 
 

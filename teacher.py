@@ -42,16 +42,16 @@ RECIPES = {
 
 def get_args(argv=None):
     p = runtime.parser(__doc__, "teacher")
-    p.add_argument("--model", choices=SIZES)
-    p.add_argument("--patch-size", type=int, help="pixels")
-    p.add_argument("--crop-min", type=float, help="smallest random crop, share of the image's area")
-    p.add_argument("--warmup-epochs", type=float)
-    p.add_argument("--weight-decay", type=float)
-    p.add_argument("--momentum", type=float, help="of the key encoder at the start; rises to 1 by a cosine")
-    p.add_argument("--temperature", type=float, help="τ of the contrastive loss")
-    p.add_argument("--hidden", type=int, help="width of the heads' hidden layers")
-    p.add_argument("--features", type=int, help="dimension of q and k")
-    p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
+    p.model.add_argument("--model", choices=SIZES)
+    p.model.add_argument("--patch-size", type=int, help="pixels")
+    p.data.add_argument("--crop-min", type=float, help="smallest random crop, share of the image's area")
+    p.schedule.add_argument("--warmup-epochs", type=float)
+    p.schedule.add_argument("--weight-decay", type=float)
+    p.model.add_argument("--momentum", type=float, help="of the key encoder at the start; rises to 1 by a cosine")
+    p.model.add_argument("--temperature", type=float, help="τ of the contrastive loss")
+    p.model.add_argument("--hidden", type=int, help="width of the heads' hidden layers")
+    p.model.add_argument("--features", type=int, help="dimension of q and k")
+    p.hardware.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
     return runtime.parse(p, RECIPES, argv)
 
 

@@ -44,21 +44,21 @@ MOCO_V3_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pt
 
 def get_args(argv=None):
     p = runtime.parser(__doc__, "tokenizer")
-    p.add_argument("--channels", type=int, nargs="+",
+    p.model.add_argument("--channels", type=int, nargs="+",
                    help="of each resolution, the image's first; the codes' stride is 2^(number − 1)")
-    p.add_argument("--codebook-size", type=int, help="K")
-    p.add_argument("--code-dim", type=int, help="D")
-    p.add_argument("--decay", type=float, help="γ of the codebook's moving averages, per step")
-    p.add_argument("--revive", type=float, help="a code used less than this share of the mean starts anew")
-    p.add_argument("--commitment-weight", type=float, help="β")
-    p.add_argument("--perceptual", help="moco_v3, vgg16 or resnet50 (downloaded), the path of such a file, or of a teacher.py or finetune.py run")
-    p.add_argument("--perceptual-weight", type=float, help="λ; 0: the pixel-only codebook of the paper's ablation")
-    p.add_argument("--perceptual-layers", type=int, nargs="+", help="S; default: blocks 3 6 9 12 of 12, every stage of a CNN")
-    p.add_argument("--adversarial-weight", type=float, default=0.0, help="of a PatchGAN's hinge loss (an ablation of the paper)")
-    p.add_argument("--betas", type=float, nargs=2, help="of Adam")
-    p.add_argument("--warmup-steps", type=int)
-    p.add_argument("--crop-min", type=float, help="smallest random crop, share of the image's area")
-    p.add_argument("--eval-crop", type=float, help="centre crop, share of the side")
+    p.model.add_argument("--codebook-size", type=int, help="K")
+    p.model.add_argument("--code-dim", type=int, help="D")
+    p.model.add_argument("--decay", type=float, help="γ of the codebook's moving averages, per step")
+    p.model.add_argument("--revive", type=float, help="a code used less than this share of the mean starts anew")
+    p.schedule.add_argument("--commitment-weight", type=float, help="β")
+    p.model.add_argument("--perceptual", help="moco_v3, vgg16 or resnet50 (downloaded), the path of such a file, or of a teacher.py or finetune.py run")
+    p.schedule.add_argument("--perceptual-weight", type=float, help="λ; 0: the pixel-only codebook of the paper's ablation")
+    p.model.add_argument("--perceptual-layers", type=int, nargs="+", help="S; default: blocks 3 6 9 12 of 12, every stage of a CNN")
+    p.schedule.add_argument("--adversarial-weight", type=float, default=0.0, help="of a PatchGAN's hinge loss (an ablation of the paper)")
+    p.schedule.add_argument("--betas", type=float, nargs=2, help="of Adam")
+    p.schedule.add_argument("--warmup-steps", type=int)
+    p.data.add_argument("--crop-min", type=float, help="smallest random crop, share of the image's area")
+    p.data.add_argument("--eval-crop", type=float, help="centre crop, share of the side")
     return runtime.parse(p, RECIPES, argv)
 
 
