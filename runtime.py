@@ -3,6 +3,7 @@ step, checkpoints, log. Stateless helpers; knows nothing of models or data."""
 import argparse
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-FREE = {"output", "resume", "workers", "log_every", "save_every", "skip_bad_images", "pictures"}  # do not change the weights
+FREE = {"output", "resume", "workers", "log_every", "save_every", "skip_bad_images", "pictures", "tensorboard"}  # do not change the weights
 TIMEOUT = timedelta(minutes=10)                            # for a rank that hangs: NCCL's default, for gloo too
 
 
@@ -81,6 +82,7 @@ def parser(doc, stage, data="synthetic[:IMAGES], cifar10, cifar100, or a folder 
     p.hardware.add_argument("--compile", action="store_true", help="torch.compile the network")
     p.output.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints, and evaluations")
     p.output.add_argument("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
+    p.output.add_argument("--tensorboard", action="store_true", help="also write what is logged as event files (pip install tensorboard)")
     p.output.add_argument("--resume", choices=["auto", "force"], default="auto",
                    help="a run found in --output goes on; force: even with other arguments")
     return p
@@ -382,10 +384,23 @@ def report(args, row, **context):
     return row
 
 
+@functools.lru_cache
+def event_file(folder):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(f"--tensorboard: {error.name} is missing: pip install tensorboard") from error
+    return SummaryWriter(folder)
+
+
 def log(args, /, **row):
     """Append one JSON line to log.jsonl in args.output and print it, on rank 0."""
     if rank() == 0:
         with open(Path(args.output) / "log.jsonl", "a") as file:
             file.write(json.dumps(dict(row, time=round(time.time(), 1))) + "\n")
         if "args" not in row:
+            if args.tensorboard and "step" in row:
+                for key, value in row.items():
+                    if isinstance(value, (int, float)) and key != "step":
+                        event_file(args.output).add_scalar(f"{row['split']}/{key}" if "split" in row else key, value, row["step"])
             print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)

@@ -1,17 +1,19 @@
-"""Networks for use outside: model.load, and runs as folders for transformers."""
+"""For use outside: model.load, runs as folders for transformers, event files, the report."""
 import json
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-import data
 import model
 import runtime
 from conftest import run
-from test_stages import newest
-from tools import export
+from test_stages import fails, log, newest
+from tools import export, report
 
 IMAGE = Image.fromarray((torch.linspace(0, 40, 48 * 60 * 3).sin().view(48, 60, 3) * 127 + 128).byte().numpy())
 
@@ -79,3 +81,46 @@ def test_only_what_is_beits_is_exported(chain, capsys):
     export.main([str(chain.finetune), "folder"])
     config = json.loads(Path("folder/config.json").read_text())
     assert config["architectures"] == ["BeitForImageClassification"] and len(config["id2label"]) == 10
+
+
+def test_event_files(chain):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: requirements-extra.txt")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run("finetune", *chain.inputs["finetune"], "--steps", "4", "--tensorboard", "--output", "run")
+    events = EventAccumulator("run").Reload()
+    losses, logged = events.Scalars("loss"), [row for row in log("run") if "loss" in row]
+    assert [(e.step, e.value) for e in losses] == [(row["step"], pytest.approx(row["loss"])) for row in logged] and len(losses) == 2
+    assert events.Scalars("val/top1")[0].value == pytest.approx(log("run", "val")[0]["top1"])
+
+
+def test_missing_tensorboard(chain, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    runtime.event_file.cache_clear()
+    message = fails(capsys, "finetune", *chain.inputs["finetune"], "--tensorboard", "--output", "run")
+    assert "--tensorboard: " in message and "pip install tensorboard" in message
+
+
+def test_report(chain, folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.chdir(chain.root)                             # where the run's tokenizer is
+        report.main([str(chain.tokenizer), str(chain.pretrain), str(chain.finetune), "--output", str(folder / "page.html")])
+    page = Path("page.html").read_text()
+    assert page.count("<polyline") > 10 and page.count("data:image/png;base64,") == 3    # two pictures, one drawn now
+    for name in ("loss", "psnr (val)", "usage (val)", "top1 (val)", "images_per_s", "lr"):
+        assert f"<b>{name}</b>" in page
+    assert f"{log(chain.pretrain)[-1]['loss']:.3g}" in page and "no masked predictions" not in page
+    assert not re.search(r"(src|href)=.?(http|//|/)", page)  # no network
+    row = re.search(r"<tr class=differs><td>stage</td>(.*?)</tr>", page)[1]
+    assert re.findall(r"&quot;(\w+)&quot;", row) == ["tokenizer", "pretrain", "finetune"]
+    report.main([str(chain.pretrain), str(chain.pretrain), "--output", "same.html"])
+    assert "class=differs" not in Path("same.html").read_text()
+    with pytest.raises(runtime.InputError, match="nowhere: no log.jsonl in it"):
+        report.main(["nowhere"])
+
+
+def test_report_of_a_run_whose_tokenizer_is_gone(chain):
+    shutil.copytree(chain.pretrain, "run")
+    rows = (Path("run/log.jsonl").read_text().replace(str(chain.tokenizer), "gone").replace("runs/demo/tokenizer", "gone"))
+    Path("run/log.jsonl").write_text(rows)
+    report.main(["run"])
+    assert "no masked predictions: gone: nothing there" in Path("report.html").read_text()

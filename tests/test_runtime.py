@@ -158,7 +158,8 @@ class Run:
 
     def __init__(self, seed=0, **changes):
         torch.manual_seed(seed)
-        defaults = dict(stage="pretrain", output="run", seed=0, save_every=1, resume="auto", lr=0.1, log_every=1)
+        defaults = dict(stage="pretrain", output="run", seed=0, save_every=1, resume="auto", lr=0.1, log_every=1,
+                        tensorboard=False)
         self.args = Namespace(**(defaults | changes))
         self.modules = dict(model=nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), other=nn.BatchNorm1d(4))
         self.optimizer = torch.optim.AdamW([p for m in self.modules.values() for p in m.named_parameters()], lr=0.1)
@@ -378,7 +379,7 @@ def test_an_output_that_cannot_be_written_is_refused():
 
 def test_log_is_a_json_line_each(capsys):
     trained(2)
-    args = Namespace(output="run")
+    args = Namespace(output="run", tensorboard=False)
     runtime.log(args, step=3, loss=0.12347, split="val")
     rows = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
     assert rows[0]["args"]["stage"] == "pretrain" and rows[0]["world_size"] == 1
