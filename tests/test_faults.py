@@ -108,7 +108,7 @@ def kill_and_go_on(stage, chain, kills, workers):
     assert weights(newest("other")) != weights(whole) and record("other.rec") != record("whole.rec")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["tokenizer", "finetune"])
 def test_killed_and_resumed(stage, chain):
     kill_and_go_on(stage, chain, kills=1, workers=1)
 
