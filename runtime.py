@@ -5,6 +5,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import importlib
 import json
 import math
 import multiprocessing
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-FREE = {"output", "resume", "workers", "log_every", "save_every", "skip_bad_images", "pictures", "tensorboard"}  # do not change the weights
+FREE = {"output", "resume", "workers", "log_every", "save_every", "skip_bad_images", "pictures", "tensorboard", "dry_run"}  # do not change the weights
 TIMEOUT = timedelta(minutes=10)                            # for a rank that hangs: NCCL's default, for gloo too
 
 
@@ -37,6 +38,8 @@ def launch(main, args):
     try:
         if "RANK" in os.environ:                           # set by torchrun
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        if args.dry_run:
+            main = importlib.import_module("tools.plan").main
         main(args)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -79,6 +82,8 @@ def parser(doc, stage, data="synthetic[:IMAGES], cifar10, cifar100, or a folder 
     p.schedule.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and masks")
     p.hardware.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) - 1), help="loader processes of a rank")
     p.hardware.add_argument("--amp", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    p.hardware.add_argument("--dry-run", type=float, nargs="?", const=1000.0, metavar="IMAGES/S", help="only say what the run will "
+                            "cost: weights, FLOPs, memory, steps, and hours at that rate")
     p.hardware.add_argument("--compile", action="store_true", help="torch.compile the network")
     p.output.add_argument("--save-every", type=int, default=1, help="epochs between checkpoints, and evaluations")
     p.output.add_argument("--log-every", type=int, default=50, help="steps between lines of log.jsonl")

@@ -25,7 +25,7 @@ import tokenizer
 from conftest import COMMON, OWN, ROOT, STAGES, run
 from test_data import make_folder
 
-FLAGS_WITHOUT_DEFAULT = {"steps", "epochs", "perceptual_layers", "probe", "probe_layer"}
+FLAGS_WITHOUT_DEFAULT = {"dry_run", "steps", "epochs", "perceptual_layers", "probe", "probe_layer"}
 
 
 def log(folder, split=None):

@@ -1,0 +1,140 @@
+"""What a run will cost, before it is paid for: --dry-run of every stage comes here.
+
+    python pretrain.py --model huge --dry-run 6000           # hours at 6000 images/s
+
+The networks are built of fake tensors, which have shapes but no storage, so that ViT-H costs nothing to ask.
+"""
+import functools
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import detect
+import runtime
+import segment
+import teacher
+from model import SIZES, PerceptualLoss, VisionTransformer, VQTokenizer
+
+IMAGES = dict(segment=20_210, detect=117_266)              # ADE20K's and COCO's training images (with objects); else ImageNet-1K's
+IMAGENET = 1_281_167
+
+
+def frozen_arguments(args):
+    """Of the network that the stage reads, where its checkpoint is there already; else the paper's."""
+    path, stage, paper = dict(
+        tokenizer=lambda: (args.perceptual, "teacher", dict(SIZES["base"], positions="absolute", layer_scale=0.0)),
+        pretrain=lambda: (args.tokenizer, "tokenizer", {})).get(args.stage, lambda: (None, None, None))()
+    try:
+        return path and runtime.load_checkpoint(path, [stage])["model_args"]
+    except runtime.InputError:
+        return paper
+
+
+def networks(args, read):
+    """(module that is trained, module that is frozen or None, loss of a batch of images) of a stage. read: arguments of
+    the network that it reads."""
+    vit = dict(SIZES[args.model], image_size=args.image_size, patch_size=args.patch_size) if "model" in args else None
+    if args.stage == "teacher":
+        encoders = [VisionTransformer(**vit, positions="absolute", layer_scale=0.0) for _ in range(2)]
+        projectors = [teacher.mlp(3, SIZES[args.model]["dim"], args.hidden, args.features) for _ in range(2)]
+        predictor = teacher.mlp(2, args.features, args.hidden, args.features)
+        encoders[0].checkpoint_activations = args.checkpoint_activations
+
+        def loss(images):                                  # as MoCo.forward, whose deep copies fake tensors do not take
+            queries = [predictor(projectors[0](encoders[0](images)[:, 0])) for _ in range(2)]
+            with torch.no_grad():
+                keys = [projectors[1](encoders[1](images)[:, 0]) for _ in range(2)]
+            return sum((F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).T).logsumexp(1).mean() for q, k in zip(queries, keys))
+        return nn.ModuleList([encoders[0], projectors[0], predictor]), nn.ModuleList([encoders[1], projectors[1]]), loss
+    if args.stage == "tokenizer":
+        tokenizer = VQTokenizer(args.image_size, args.channels, args.codebook_size, args.code_dim).train()
+        frozen = PerceptualLoss(VisionTransformer(**read))
+
+        def loss(images):
+            x_hat, _, commitment = tokenizer(images)
+            return F.mse_loss(x_hat, images) + commitment + frozen(images, x_hat)
+        return tokenizer, frozen, loss
+    if args.stage == "pretrain":
+        tokenizer = VQTokenizer(**read).eval().requires_grad_(False)
+        model, grid = VisionTransformer(**vit, codes=len(tokenizer.quantizer.codebook)), args.image_size // args.patch_size
+        model.checkpoint_activations = args.checkpoint_activations
+        masked = round(args.mask_ratio * grid * grid)
+
+        def loss(images):                                  # a fixed number of patches: fake tensors cannot be masked
+            target = tokenizer.encode(images, grid).flatten(1)[:, :masked]
+            logits = model.lm_head(model.norm(model.tokens(images, [len(model.blocks)])[0][:, 1:1 + masked]))
+            return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+        return model, tokenizer, loss
+    vit |= dict(positions="block", layer_scale=args.layer_scale)
+    if args.stage == "finetune":
+        network = own = VisionTransformer(**vit, classes=1000)
+        loss = lambda images: F.cross_entropy(network(images), torch.zeros(len(images), dtype=torch.int64, device=images.device))
+    elif args.stage == "segment":
+        network = segment.Segmenter(VisionTransformer(**vit), args.classes)
+        own = network.backbone.vit
+        loss = lambda images: sum(segment.pixel_loss(logits, images[:, 0].round()) for logits in network(images))
+    else:                                                  # proposals and heads depend on the data: only the maps are counted
+        vit["image_size"] = -(-args.image_size // args.patch_size) * args.patch_size
+        network = detect.mask_rcnn(VisionTransformer(**vit), 80, args.channels, args.boxes, [args.image_size], args.max_size)
+        own = network.backbone.pyramid.vit
+        loss = lambda images: sum(x.mean() for x in network.backbone(images).values())
+    own.checkpoint_activations = args.checkpoint_activations
+    return network, None, loss
+
+
+def number_of_images(args):
+    """(training images, whether they were counted)"""
+    try:
+        load = dict(segment=functools.partial(segment.load_dataset, classes=getattr(args, "classes", 0)), detect=detect.load_dataset)
+        return len(load.get(args.stage, data.load_dataset)(args.data, "train", image_size=args.image_size)), True
+    except runtime.InputError:
+        return IMAGES.get(args.stage, IMAGENET), False
+
+
+def estimate(args):
+    """What one rank holds and does: a dict of figures."""
+    device, micro, read = runtime.device(), runtime.micro_batch(args), frozen_arguments(args)
+    height = width = args.image_size
+    if args.stage == "detect":
+        width = min(args.max_size, round(height * 4 / 3))  # COCO's commonest shape
+    undrawn = mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **keywords: tensor)    # it looks at what it drew
+    with FakeTensorMode(), torch.device(device), undrawn:
+        network, frozen, loss = networks(args, read)
+        weights = {p.untyped_storage()._cdata for module in (network, frozen) if module is not None for p in module.parameters()}
+        saved = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                saved[storage._cdata] = storage.nbytes()
+            return tensor
+        with (FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+              runtime.autocast(args, device)):
+            loss(torch.empty(micro, 3, height, width))
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        held = sum(t.numel() for module in (network, frozen) if module is not None for t in (*module.parameters(), *module.buffers()))
+    return dict(trained=trained, held=held, forward=counter.get_total_flops() / micro, activations=sum(saved.values()),
+                memory=4 * held + 12 * trained + sum(saved.values()), micro=micro)   # gradients and Adam's two moments
+
+
+def main(args):
+    found, (images, counted) = estimate(args), number_of_images(args)
+    epoch_steps, steps = runtime.total_steps(args, images)
+    seen, gib = steps * args.batch_size, 2 ** 30
+    if runtime.rank():
+        return
+    print(f"{args.stage}.py, {runtime.world_size()} rank{'s' * (runtime.world_size() > 1)}, {found['micro']} images on each at a time\n"
+          f"weights trained     {found['trained'] / 1e6:,.1f} M, held {found['held'] / 1e6:,.1f} M\n"
+          f"FLOPs an image      {found['forward'] / 1e9:,.1f} G forward, about three times that with backward\n"
+          f"memory              {found['memory'] / gib:,.1f} GiB: weights, gradients and Adam's moments "
+          f"{(found['memory'] - found['activations']) / gib:,.1f}, activations {found['activations'] / gib:,.1f}\n"
+          f"checkpoint          {12 * found['trained'] / gib:,.2f} GiB, three of them\n"
+          f"steps               {steps:,}: {epoch_steps:,} an epoch of {images:,} images{'' if counted else ' (not there: counted as the paper)'}\n"
+          f"{f'at {args.dry_run:,.0f} images/s':19} {seen / args.dry_run / 3600:,.1f} hours")
+    if args.stage == "detect":
+        print("Proposals, heads and their losses depend on the data and are not counted.")
