@@ -20,8 +20,9 @@ import segment
 import teacher
 from model import SIZES, PerceptualLoss, VisionTransformer, VQTokenizer
 
-IMAGES = dict(segment=20_210, detect=117_266)              # ADE20K's and COCO's training images (with objects); else ImageNet-1K's
-IMAGENET = 1_281_167
+# training images and classes where --data is not there: ImageNet-1K's, ADE20K's, COCO's (images with objects)
+PAPER = dict(segment=(20_210, 150), detect=(117_266, 80))
+IMAGENET = 1_281_167, 1000
 
 
 def frozen_arguments(args):
@@ -35,7 +36,17 @@ def frozen_arguments(args):
         return paper
 
 
-def networks(args, read):
+def training_set(args):
+    """(number of images, of classes, whether they were counted)"""
+    try:
+        load = dict(segment=functools.partial(segment.load_dataset, classes=getattr(args, "classes", 0)), detect=detect.load_dataset)
+        dataset = load.get(args.stage, data.load_dataset)(args.data, "train", image_size=args.image_size)
+        return len(dataset), len(dataset.classes), True
+    except runtime.InputError:
+        return *PAPER.get(args.stage, IMAGENET), False
+
+
+def networks(args, classes, read):
     """(module that is trained, module that is frozen or None, loss of a batch of images) of a stage. read: arguments of
     the network that it reads."""
     vit = dict(SIZES[args.model], image_size=args.image_size, patch_size=args.patch_size) if "model" in args else None
@@ -72,31 +83,22 @@ def networks(args, read):
         return model, tokenizer, loss
     vit |= dict(positions="block", layer_scale=args.layer_scale)
     if args.stage == "finetune":
-        network = own = VisionTransformer(**vit, classes=1000)
+        network = own = VisionTransformer(**vit, classes=classes)
         loss = lambda images: F.cross_entropy(network(images), torch.zeros(len(images), dtype=torch.int64, device=images.device))
     elif args.stage == "segment":
-        network = segment.Segmenter(VisionTransformer(**vit), args.classes)
+        network = segment.Segmenter(VisionTransformer(**vit), classes)
         own = network.backbone.vit
         loss = lambda images: sum(segment.pixel_loss(logits, images[:, 0].round()) for logits in network(images))
     else:                                                  # proposals and heads depend on the data: only the maps are counted
         vit["image_size"] = -(-args.image_size // args.patch_size) * args.patch_size
-        network = detect.mask_rcnn(VisionTransformer(**vit), 80, args.channels, args.boxes, [args.image_size], args.max_size)
+        network = detect.mask_rcnn(VisionTransformer(**vit), classes, args.channels, args.boxes, [args.image_size], args.max_size)
         own = network.backbone.pyramid.vit
         loss = lambda images: sum(x.mean() for x in network.backbone(images).values())
     own.checkpoint_activations = args.checkpoint_activations
     return network, None, loss
 
 
-def number_of_images(args):
-    """(training images, whether they were counted)"""
-    try:
-        load = dict(segment=functools.partial(segment.load_dataset, classes=getattr(args, "classes", 0)), detect=detect.load_dataset)
-        return len(load.get(args.stage, data.load_dataset)(args.data, "train", image_size=args.image_size)), True
-    except runtime.InputError:
-        return IMAGES.get(args.stage, IMAGENET), False
-
-
-def estimate(args):
+def estimate(args, classes):
     """What one rank holds and does: a dict of figures."""
     device, micro, read = runtime.device(), runtime.micro_batch(args), frozen_arguments(args)
     height = width = args.image_size
@@ -104,7 +106,7 @@ def estimate(args):
         width = min(args.max_size, round(height * 4 / 3))  # COCO's commonest shape
     undrawn = mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **keywords: tensor)    # it looks at what it drew
     with FakeTensorMode(), torch.device(device), undrawn:
-        network, frozen, loss = networks(args, read)
+        network, frozen, loss = networks(args, classes, read)
         weights = {p.untyped_storage()._cdata for module in (network, frozen) if module is not None for p in module.parameters()}
         saved = {}
 
@@ -123,7 +125,8 @@ def estimate(args):
 
 
 def main(args):
-    found, (images, counted) = estimate(args), number_of_images(args)
+    images, classes, counted = training_set(args)
+    found = estimate(args, classes)
     epoch_steps, steps = runtime.total_steps(args, images)
     seen, gib = steps * args.batch_size, 2 ** 30
     if runtime.rank():
