@@ -289,7 +289,7 @@ def main(args):
     indices = dataset.with_objects()                                # others teach little (torchvision's reference)
     epoch_steps, steps = runtime.total_steps(args, len(indices))
     groups = param_groups(model, args.weight_decay, args.layer_decay, vit="backbone.pyramid.vit")
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas))
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
     modules = dict(model=model)
     start, best, pending = runtime.resume(args, modules, optimizer)
 

@@ -194,7 +194,7 @@ def main(args):
 
     epoch_steps, steps = runtime.total_steps(args, len(indices))
     groups = param_groups(model, args.weight_decay, args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas))
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
     modules = dict(model=model)
     if args.ema_decay:
         modules["ema"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))

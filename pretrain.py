@@ -94,7 +94,7 @@ def main(args):
                       layer_scale=args.layer_scale, drop_path=args.drop_path, codes=codes)
     model = VisionTransformer(**model_args).to(device)
     model.checkpoint_activations = args.checkpoint_activations
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr, betas=tuple(args.betas))
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr, betas=tuple(args.betas), fused=True)
     modules = dict(model=model)
     start, *_ = runtime.resume(args, modules, optimizer)
 

@@ -294,7 +294,7 @@ def main(args):
     dataset = load_dataset(args.data, "train", args.image_size, args.classes)
     epoch_steps, steps = runtime.total_steps(args, len(dataset))
     groups = param_groups(model, args.weight_decay, args.layer_decay, vit="backbone.vit")
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas))
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
     modules = dict(model=model)
     start, best, pending = runtime.resume(args, modules, optimizer)
 

@@ -155,7 +155,7 @@ def main(args):
     trained = [(n, p) for n, p in moco.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([
         dict(params=[(n, p) for n, p in trained if p.ndim > 1], weight_decay=args.weight_decay),
-        dict(params=[(n, p) for n, p in trained if p.ndim == 1], weight_decay=0.0)])
+        dict(params=[(n, p) for n, p in trained if p.ndim == 1], weight_decay=0.0)], fused=True)
     start, *_ = runtime.resume(args, modules, optimizer)
 
     transform = TwoViews(*data.teacher_transform(args.image_size, args.crop_min, args.augment))

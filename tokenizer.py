@@ -191,7 +191,7 @@ def main(args):
     if args.adversarial_weight:
         modules["discriminator"] = discriminator = PatchDiscriminator().to(device)
     parameters = [(f"{m}.{n}", p) for m, module in modules.items() for n, p in module.named_parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=tuple(args.betas))
+    optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=tuple(args.betas), fused=True)
     start, best, pending = runtime.resume(args, modules, optimizer)
 
     transform = data.tokenizer_transform(args.image_size, args.crop_min, args.augment)
