@@ -1,9 +1,9 @@
-"""Augmentation of a whole batch where the network is, for small images that come at their size.
+"""Augmentation of a whole batch where the network is.
 
-At 32 px augmenting one image after the other in a loader's workers (data.py's other form) takes longer
-than training on it. Here a worker only draws an image's random numbers, from the image's own seed; the
-functions below turn a batch of them into the images' augmentations, each image its own. So a batch is the
-same for any number of workers and ranks.
+Augmenting one image after the other in a loader's workers (data.py's other form) takes longer than training on it at
+32 px, and most of a worker's time at 224. Here a worker draws an image's random numbers, from the image's own seed, and
+crops what does not come at its size; the functions below turn a batch of them into the images' augmentations, each image
+its own. So a batch is the same for any number of workers and ranks.
 
 Each function here returns (number of draws, step); step(x, *draws) augments x (B, 3, H, W), pixels in
 [0, 1], by that many draws u (B,), uniform in [0, 1). Forms and constants are those of torchvision's
@@ -11,12 +11,11 @@ transforms of the same name; where one differs, it is said.
 """
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
-
-from runtime import InputError
 
 GREY = (0.2989, 0.587, 0.114)                              # ITU-R 601, as in torchvision
 YIQ = torch.tensor([GREY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])  # NTSC: luma, the plane of the hue
@@ -24,17 +23,26 @@ RGB = torch.linalg.inv(YIQ)
 
 
 class Batch:
-    """A transform in two halves. Called on a PIL image, in a worker: its pixels, uint8, and its draws. finish: a
-    batch of both, on any device → float32 (B, 3, H, W) in [-1, 1]."""
+    """A transform in two halves. Called on a PIL image, in a worker: pixels of the size, uint8, and its draws. finish: a
+    batch of both, on any device → float32 (B, 3, H, W) in [-1, 1]. Each begins with a random crop of an area of
+    `smallest` to 1 and a flip, then come the steps."""
 
-    def __init__(self, size, steps):
-        self.size, self.steps, self.draws = size, steps, sum(number for number, _ in steps)
+    def __init__(self, size, smallest, *steps):
+        self.size, self.smallest, self.steps = size, smallest, [crop_and_flip(smallest), *steps]
+        self.draws = sum(number for number, _ in self.steps)
 
     def __call__(self, image):
-        if image.size != (self.size, self.size):
-            raise InputError(f"--augment batch: an image has {image.width}×{image.height} pixels, not {self.size}×{self.size}; "
-                             "--augment image takes any")
-        return TF.pil_to_tensor(image), torch.rand(self.draws)
+        draws = torch.rand(self.draws)
+        if image.size == (self.size, self.size):
+            return TF.pil_to_tensor(image), draws
+        area, aspect, left, top = draws[:4].tolist()       # cropped here, as bytes: a batch needs one size
+        shares = crop_box(area, aspect, self.smallest, image.height / image.width)
+        w, h = (max(1, round(min(share, 1) * side)) for share, side in zip(shares, image.size))
+        x, y = int(left * (image.width - w + 1)), int(top * (image.height - h + 1))
+        crop = torch.from_numpy(np.array(image.crop((x, y, x + w, y + h))))                  # (h, w, 3)
+        crop = F.interpolate(crop.permute(2, 0, 1)[None], (self.size, self.size), mode="bicubic", antialias=True)
+        draws[0], draws[1] = 1.0, 0.5                      # the batch's own crop leaves it whole
+        return crop[0].contiguous(), draws
 
     def finish(self, batch):
         pixels, draws = batch                                                       # (B, 3, H, W), (B, draws)
@@ -57,12 +65,17 @@ def grey(x):
     return (x * torch.tensor(GREY, device=x.device).view(3, 1, 1)).sum(1, keepdim=True)  # (B, 1, H, W)
 
 
+def crop_box(area, aspect, smallest, shape=1.0):
+    """RandomResizedCrop's box of an area of `smallest` to 1, aspect 3/4 to 4/3: its width and height, shares of the image's,
+    whose height is `shape` times its width. One too wide or too high is for the caller to cut, not drawn again."""
+    area, aspect = uniform(area, smallest, 1), (4 / 3) ** (2 * aspect - 1)
+    return (area * aspect * shape) ** 0.5, (area / aspect / shape) ** 0.5
+
+
 def crop_and_flip(smallest):
-    """RandomResizedCrop of an area of `smallest` to 1, aspect 3/4 to 4/3, back to the same size, bicubic; flip at even
-    odds. Boxes are not rounded to pixels; one too wide or too high is cut to the image, not drawn again."""
+    """RandomResizedCrop of square images back to the same size, bicubic, boxes not rounded to pixels; flip at even odds."""
     def step(x, area, aspect, left, top, flip):
-        area, aspect = uniform(area, smallest, 1), uniform(aspect, math.log(3 / 4), math.log(4 / 3)).exp()
-        width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+        width, height = (side.clamp(max=1) for side in crop_box(area, aspect, smallest))
         theta = torch.zeros(len(x), 2, 3, device=x.device)                          # the image is [-1, 1] each way
         theta[:, 0, 0], theta[:, 0, 2] = torch.where(flip < 0.5, -width, width), uniform(left, -1, 1) * (1 - width)
         theta[:, 1, 1], theta[:, 1, 2] = height, uniform(top, -1, 1) * (1 - height)
@@ -91,6 +104,20 @@ def color_jitter(brightness, contrast, saturation, hue=0.0, p=1.0):
 def random_grey(p):
     """RandomGrayscale."""
     return 1, lambda x, chosen: torch.where(per_image(chosen < p), grey(x), x)
+
+
+def blur(p, size):
+    """GaussianBlur by a kernel of a tenth of the image (BYOL), σ 0.1 to 2, with probability p."""
+    reach = max(3, int(0.1 * size) // 2 * 2 + 1) // 2
+
+    def step(x, chosen, sigma):
+        offsets = torch.arange(-reach, reach + 1, device=x.device)
+        kernels = (-0.5 * (offsets / uniform(sigma, 0.1, 2.0)[:, None]).square()).softmax(1)
+        kernels = kernels.repeat_interleave(3, 0)[:, None, None]                    # (3·B, 1, 1, k), a group a channel
+        y = F.pad(x, [reach] * 4, mode="reflect").flatten(0, 1)[None]               # (1, 3·B, ·, ·)
+        y = F.conv2d(F.conv2d(y, kernels, groups=len(kernels)), kernels.mT, groups=len(kernels))
+        return torch.where(per_image(chosen < p), y.view_as(x), x)
+    return 2, step
 
 
 def solarize(p):

@@ -273,8 +273,7 @@ class Joint(Each):
 def pretrain_transform(size, crop_min=0.08, jitter=0.4, form="image"):
     """BEiT's: random resized crop, flip, colour jitter. form: "image" or "batch", as --augment."""
     if form == "batch":
-        return augment.Batch(size, [augment.crop_and_flip(crop_min),
-                                    *([augment.color_jitter(jitter, jitter, jitter)] if jitter else [])])
+        return augment.Batch(size, crop_min, *([augment.color_jitter(jitter, jitter, jitter)] if jitter else []))
     return Each([T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC), T.RandomHorizontalFlip(),
                  T.ColorJitter(jitter, jitter, jitter), to_pixels])
 
@@ -282,7 +281,7 @@ def pretrain_transform(size, crop_min=0.08, jitter=0.4, form="image"):
 def tokenizer_transform(size, crop_min=0.08, form="image"):
     """Random resized crop and flip; our choice, the paper is silent."""
     if form == "batch":
-        return augment.Batch(size, [augment.crop_and_flip(crop_min)])
+        return augment.Batch(size, crop_min)
     return Each([T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC), T.RandomHorizontalFlip(), to_pixels])
 
 
@@ -291,9 +290,8 @@ def teacher_transform(size, crop_min=0.08, form="image"):
     The blur's kernel is a tenth of the image, as there; below 64 px there is no blur (our choice)."""
     def view(blur, solarize):
         if form == "batch":
-            return augment.Batch(size, [
-                augment.crop_and_flip(crop_min), augment.color_jitter(0.4, 0.4, 0.2, 0.1, p=0.8), augment.random_grey(0.2),
-                augment.solarize(solarize)])
+            return augment.Batch(size, crop_min, augment.color_jitter(0.4, 0.4, 0.2, 0.1, p=0.8), augment.random_grey(0.2),
+                                 *([augment.blur(blur, size)] if size >= 64 else []), augment.solarize(solarize))
         kernel = max(3, int(0.1 * size) // 2 * 2 + 1)
         return Each([
             T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC),
@@ -302,8 +300,6 @@ def teacher_transform(size, crop_min=0.08, form="image"):
             *([T.RandomApply([T.GaussianBlur(kernel, (0.1, 2.0))], p=blur)] if size >= 64 else []),
             T.RandomSolarize(128, p=solarize),
             T.RandomHorizontalFlip(), to_pixels])
-    if form == "batch" and size >= 64:
-        raise InputError("--augment batch has no blur, which the teacher's views need from 64 px on: --augment image")
     return view(1.0, 0.0), view(0.1, 0.2)
 
 
@@ -314,9 +310,8 @@ def finetune_transform(size, crop_min=0.08, magnitude=27, erasing=0.25, form="im
     noise of 0.5 is left out.
     """
     if form == "batch":
-        return augment.Batch(size, [augment.crop_and_flip(crop_min),
-                                    *([augment.rand_augment(magnitude)] if magnitude else []),
-                                    *([augment.erase(erasing)] if erasing else [])])
+        return augment.Batch(size, crop_min, *([augment.rand_augment(magnitude)] if magnitude else []),
+                             *([augment.erase(erasing)] if erasing else []))
     grey = [128] * 3
     return Each([T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC), T.RandomHorizontalFlip(),
                  *([T.RandAugment(2, magnitude, interpolation=BICUBIC, fill=grey)] if magnitude else []),
@@ -341,7 +336,8 @@ def read(dataset, index):
         image, label = dataset[index]
         if image.mode.startswith("I;16"):                  # PIL would clip 16 bits to the first 255 values
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB"), label
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB"), label
     except InputError:                                     # of the data set itself: it has named the culprit
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -360,7 +356,6 @@ class Samples(Dataset):
 
     def hold(self):
         """Decode all `indices` now and keep them; workers share the memory."""
-        self[0, self.indices[0]]                           # refused before all the others are decoded
         for index in self.indices:
             self.held[index] = self.read(0, index)
 
@@ -450,8 +445,9 @@ class TrainLoader:
         indices = range(len(dataset)) if indices is None else indices
         self.batches = GlobalBatches(indices, args.batch_size, micro_batch, start, stop, args.seed)
         samples = Samples(dataset, transform, args.seed, indices, args.skip_bad_images)
-        if args.augment == "batch" and start < stop:
-            samples.hold()
+        if args.augment == "batch" and start < stop:       # small images that come at their size fit into memory
+            if samples.read(0, indices[0])[0].size == (args.image_size, args.image_size):
+                samples.hold()
         self.loader, self.transform, self.device = make_loader(samples, self.batches, args.workers, collate), transform, device
 
     def __iter__(self):

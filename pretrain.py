@@ -16,7 +16,7 @@ from model import SIZES, VisionTransformer, VQTokenizer, block_mask, param_group
 
 RECIPES = {
     "paper": dict(                          # PeCo: ViT-B, batch 2048, 300 or 800 epochs; the rest BEiT's base
-        data="data/imagenet", model="base", image_size=224, patch_size=16, batch_size=2048, epochs=800, lr=1.5e-3,
+        data="data/imagenet", augment="batch", model="base", image_size=224, patch_size=16, batch_size=2048, epochs=800, lr=1.5e-3,
         betas=[0.9, 0.999], weight_decay=0.05, warmup_epochs=10, clip=3.0, drop_path=0.1,
         layer_scale=0.1,                    # 1e-5 for large and huge
         mask_ratio=75 / 196, mask_block=16, crop_min=0.08, jitter=0.4),

@@ -71,8 +71,8 @@ def parser(doc, stage, data="synthetic[:IMAGES], cifar10, cifar100, or a folder 
     p.data.add_argument("--image-size", type=int, help="pixels")
     p.schedule.add_argument("--batch-size", type=int, help="images of a step, over all ranks and accumulation steps")
     if stage not in ("segment", "detect"):
-        p.data.add_argument("--augment", choices=["image", "batch"], default="image", help="image: each in a loader's worker; batch: "
-                       "whole batches where the model is, for small data sets of images that come at --image-size")
+        p.data.add_argument("--augment", choices=["image", "batch"], default="image", help="image: each in a loader's worker, by "
+                       "torchvision; batch: whole batches where the model is, a worker only decodes and crops")
     p.data.add_argument("--skip-bad-images", type=int, default=0, help="so many training images that cannot be read are replaced by others; "
                    "one more ends the run")
     p.schedule.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step on each rank")

@@ -22,7 +22,7 @@ from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, VisionTransformer
 
 RECIPES = {
     "paper": dict(                 # MoCo v3, sec. 5 and 6, ViT-B; PeCo: 100 epochs
-        data="data/imagenet", model="base", image_size=224, patch_size=16, crop_min=0.08,
+        data="data/imagenet", augment="batch", model="base", image_size=224, patch_size=16, crop_min=0.08,
         batch_size=4096, epochs=100, lr=2.4e-3,                     # 1.5e-4 · 4096 / 256
         warmup_epochs=40, weight_decay=0.1, momentum=0.99, temperature=0.2, hidden=4096, features=256),
     "cifar": dict(                 # our choice

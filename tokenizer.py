@@ -22,7 +22,7 @@ from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, PerceptualLoss, VisionTran
 
 RECIPES = {
     "paper": dict(                                                  # PeCo, as recalled, unless marked
-        data="data/imagenet", image_size=224, batch_size=128, epochs=100, lr=5e-5, betas=[0.5, 0.95], warmup_steps=5000,
+        data="data/imagenet", augment="batch", image_size=224, batch_size=128, epochs=100, lr=5e-5, betas=[0.5, 0.95], warmup_steps=5000,
         channels=[32, 64, 128, 256, 256], codebook_size=8192, code_dim=256,         # channels: our choice
         decay=0.99, revive=0.01, commitment_weight=0.25,                            # VQ-VAE; our choice; VQ-VAE
         perceptual="moco_v3", perceptual_weight=1.0, crop_min=0.08, eval_crop=0.875),  # λ; crops: our choice

@@ -9,7 +9,6 @@ from torchvision.transforms.v2 import functional as TF
 
 import augment
 import data
-from runtime import InputError
 
 SIZE = 32
 FORMS = {"pretrain": lambda: data.pretrain_transform(SIZE, form="batch"),
@@ -119,8 +118,40 @@ def test_erasing_is_a_box_of_one_colour(x):
     assert torch.equal(apply(augment.erase(0.25), x, 0.3, area, 0.5, 0.0, 1.0, 0.9, 0.4, 0.1), x)
 
 
-def test_another_size_is_refused():
-    with pytest.raises(InputError, match="40×32 pixels, not 32×32; --augment image"):
-        FORMS["pretrain"]()(Image.new("RGB", (40, 32)))
-    with pytest.raises(InputError, match="no blur"):
-        data.teacher_transform(64, form="batch")
+@pytest.mark.parametrize("size", [(64, 32), (48, 80), (20, 31), (32, 31)])
+def test_an_image_of_another_size_is_cropped_in_the_worker(size):
+    """The box of the same draws, cut out and resized by torchvision; then the batch leaves it whole."""
+    image = Image.fromarray(scenes(1)[0].permute(1, 2, 0).numpy()).resize(size)
+    transform = augment.Batch(SIZE, 0.3)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        pixels, draws = transform(image)
+        torch.manual_seed(seed)
+        area, aspect, left, top, flip = torch.rand(5).tolist()
+        area, aspect = (0.3 + 0.7 * area) * size[0] * size[1], 0.75 * (16 / 9) ** aspect
+        width, height = min(math.sqrt(area * aspect), size[0]), min(math.sqrt(area / aspect), size[1])
+        w, h = round(width), round(height)
+        x, y = int(left * (size[0] - w + 1)), int(top * (size[1] - h + 1))
+        assert 0 <= x <= size[0] - w and 0 <= y <= size[1] - h
+        expected = TF.resized_crop(TF.pil_to_tensor(image), y, x, h, w, [SIZE, SIZE], TF.InterpolationMode.BICUBIC, antialias=True)
+        assert (pixels.int() - expected.int()).abs().max() <= 1
+        out = transform.finish((pixels[None], draws[None]))[0]
+        whole = 2 * pixels.float() / 255 - 1
+        assert torch.allclose(out, whole.flip(2) if flip < 0.5 else whole, atol=1e-4)
+
+
+def test_blur_is_torchvisions(x):
+    for sigma, kernel in ((0.4, 7), (1.7, 7)):
+        out = apply(augment.blur(0.5, 70), x, 0.4, (sigma - 0.1) / 1.9)
+        assert torch.allclose(out, TF.gaussian_blur(x, [kernel, kernel], [sigma, sigma]), atol=1e-4)
+    assert torch.equal(apply(augment.blur(0.5, 70), x, 0.6, 0.5), x)
+    own = augment.blur(1.0, 70)[1](x, torch.zeros(6), torch.linspace(0, 1, 6))     # each image by its own σ
+    assert torch.allclose(own[5], TF.gaussian_blur(x[5], [7, 7], [2.0, 2.0]), atol=1e-4)
+    assert torch.allclose(own[0], x[0], atol=1e-3)
+
+
+def test_a_teachers_view_at_a_photographs_size():
+    images = [Image.fromarray(scenes(1)[0].permute(1, 2, 0).numpy()).resize((90, 75)) for _ in range(2)]
+    for transform in data.teacher_transform(64, form="batch"):
+        pixels, draws = zip(*(transform(image) for image in images))
+        assert transform.finish((torch.stack(pixels), torch.stack(draws))).shape == (2, 3, 64, 64)

@@ -96,7 +96,7 @@ def test_images_of_any_mode_become_rgb(mode):
 # The stream of samples
 
 def arguments(**changes):
-    return Namespace(**{**dict(batch_size=8, seed=0, workers=0, augment="image", skip_bad_images=0), **changes})
+    return Namespace(**{**dict(batch_size=8, image_size=16, seed=0, workers=0, augment="image", skip_bad_images=0), **changes})
 
 
 def stream(start=0, stop=7, micro_batch=8, **changes):

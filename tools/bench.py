@@ -250,7 +250,8 @@ class Bench:
             "block masks": self.masks,
         }
         if self.args.data:
-            rows |= {"input, 32 files, --augment image": lambda: self.pipeline("image"), "pretrain.py, a step with real files": self.end_to_end}
+            rows |= {"input, 32 files, --augment image": lambda: self.pipeline("image"),
+                     "input, 32 files, --augment batch": lambda: self.pipeline("batch"), "pretrain.py, a step with real files": self.end_to_end}
         if self.args.peers:
             half = torch.float16 if self.device.type == "cuda" else None
             rows |= {"peer: BEiT's explicit attention": lambda: self.pretraining(half, beits_attention),
