@@ -212,7 +212,7 @@ def load_dataset(name, split, image_size, root="data"):
         why = f"it has no {split}/ folder" if Path(name).is_dir() else "no such folder"
         raise InputError(f"--data {name}: {why}; pass the folder that holds train/ and val/, each with a folder a class")
     try:
-        dataset = torchvision.datasets.ImageFolder(folder)
+        dataset = torchvision.datasets.ImageFolder(folder, loader=Image.open)  # read() decodes it
     except (OSError, RuntimeError) as error:               # no class folders, or an empty one
         raise InputError(f"--data {folder}: {str(error).splitlines()[0]}") from error
     classes = sorted(entry.name for entry in (Path(name) / "train").iterdir() if entry.is_dir())
@@ -247,6 +247,14 @@ def label_subset(targets, fraction, seed):
 # Transforms: PIL image → float32 (3, H, W) in [-1, 1]
 
 BICUBIC = InterpolationMode.BICUBIC
+
+
+def to_rgb(image):
+    """A decoded RGB image of a PIL image of any mode."""
+    image.load()
+    if image.mode.startswith("I"):                         # 16 bits: PIL would clip them to the first 255 values
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_pixels(image):
@@ -319,8 +327,8 @@ def finetune_transform(size, crop_min=0.08, magnitude=27, erasing=0.25, form="im
 
 
 def eval_transform(size, crop=0.875):
-    """The shorter side to size / crop, then the centre; crop = 1 for images that come at their size."""
-    return T.Compose([T.Resize(round(size / crop), BICUBIC), T.CenterCrop(size), to_pixels])
+    """The shorter side to size / crop, then the centre; crop = 1 for images that come at their size. Takes any mode."""
+    return T.Compose([to_rgb, T.Resize(round(size / crop), BICUBIC), T.CenterCrop(size), to_pixels])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -330,18 +338,19 @@ def name_of(dataset, index):
     return dataset.samples[index][0] if hasattr(dataset, "samples") else f"image {index}"
 
 
+class ImageInputError(InputError):
+    """An image that cannot be read. (InputError finds its own text in a worker's traceback by the end of the name.)"""
+
+
 def read(dataset, index):
     """(RGB image, label) of a data set, or an InputError that names the file."""
     try:
         image, label = dataset[index]
-        if image.mode.startswith("I;16"):                  # PIL would clip 16 bits to the first 255 values
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB"), label
+        return to_rgb(image), label
     except InputError:                                     # of the data set itself: it has named the culprit
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name_of(dataset, index)}: not a readable image ({error}); restore or remove it") from error
+        raise ImageInputError(f"{name_of(dataset, index)}: not a readable image ({error}); restore or remove it") from error
 
 
 class Samples(Dataset):
@@ -361,16 +370,16 @@ class Samples(Dataset):
 
     def read(self, epoch, index):
         draw = np.random.default_rng(derive_seed(self.seed, epoch, index, -1))
-        while True:
+        while True:                                        # until one can be read, or too many cannot
             try:
                 return read(self.dataset, index)
-            except InputError as error:
+            except ImageInputError as error:
                 if not self.skip:
                     raise
                 if not self.bad[index]:
                     self.bad[index] = True
                     print(f"{error}; skipped, {int(self.bad.sum())} of at most {self.skip}", file=sys.stderr)
-                if self.bad.sum() > self.skip:
+                if self.bad.sum() > min(self.skip, len(self.indices) - 1):
                     raise InputError(f"{error}: more than --skip-bad-images {self.skip}") from error
                 index = self.indices[draw.integers(len(self.indices))]
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
+from PIL import Image
 from torch import nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -103,6 +104,9 @@ class Coco(torchvision.datasets.CocoDetection):
             raise runtime.InputError(f"{file}: not COCO's format of instances ({type(error).__name__}: {error}); an annotation "
                                      "has a known category_id, bbox, area and segmentation") from error
         self.classes = [category["name"] for category in self.coco.loadCats(self.category_ids)]
+
+    def _load_image(self, id):                             # torchvision's hook; data.read() decodes it
+        return Image.open(Path(self.root, self.coco.imgs[id]["file_name"]))
 
     def __getitem__(self, index):
         image, annotations = super().__getitem__(index)

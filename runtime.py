@@ -1,9 +1,9 @@
 """What every stage needs and the paper does not speak of: arguments, process group, schedule, one check a
-step, checkpoints, log. Stateless helpers; knows nothing of models or data."""
+step, checkpoints, log. Knows nothing of models or data."""
 import argparse
+import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import importlib
 import json
@@ -21,7 +21,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-FREE = {"output", "resume", "workers", "log_every", "save_every", "skip_bad_images", "pictures", "tensorboard", "dry_run"}  # do not change the weights
+FREE = {"output", "resume", "workers", "log_every", "save_every", "skip_bad_images", "pictures", "tensorboard", "dry_run",
+        "checkpoint_activations"}  # do not change the weights
+MEMORY = "out of memory", "can't allocate memory", "ALLOC_FAILED"  # CUDA, the CPU's allocator, cuBLAS
+WRITERS = {}                                               # of event files, by folder
 TIMEOUT = timedelta(minutes=10)                            # for a rank that hangs: NCCL's default, for gloo too
 
 
@@ -38,7 +41,7 @@ def launch(main, args):
     try:
         if "RANK" in os.environ:                           # set by torchrun
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
-        if args.dry_run:
+        if vars(args).get("dry_run") is not None:
             main = importlib.import_module("tools.plan").main
         main(args)
         if dist.is_initialized():
@@ -46,11 +49,12 @@ def launch(main, args):
     except (InputError, FloatingPointError) as error:
         print(f"{args.stage}.py: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 3)
-    except (RuntimeError, MemoryError) as error:           # CUDA's own class is a RuntimeError; a CPU's has no class
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:           # only some have a class of their own
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        if not isinstance(error, MemoryError) and not any(text in why for text in MEMORY):
             raise
-        print(f"{args.stage}.py: out of memory ({str(error).splitlines()[0]}): raise --accumulate, take --checkpoint-activations "
-              "or lower --batch-size; the last checkpoint is intact", file=sys.stderr)
+        print(f"{args.stage}.py: out of memory ({why}); the last checkpoint is intact: take --checkpoint-activations, or raise "
+              "--accumulate or lower --batch-size with --resume force", file=sys.stderr)
         sys.exit(4)
     finally:                                               # a loader's workers ignore SIGTERM: an error would wait for them
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -73,8 +77,8 @@ def parser(doc, stage, data="synthetic[:IMAGES], cifar10, cifar100, or a folder 
     if stage not in ("segment", "detect"):
         p.data.add_argument("--augment", choices=["image", "batch"], default="image", help="image: each in a loader's worker, by "
                        "torchvision; batch: whole batches where the model is, a worker only decodes and crops")
-    p.data.add_argument("--skip-bad-images", type=int, default=0, help="so many training images that cannot be read are replaced by others; "
-                   "one more ends the run")
+    p.data.add_argument("--skip-bad-images", type=int, default=0, help="so many training images that cannot be read are replaced by others, on "
+                   "each rank; one more ends the run")
     p.schedule.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step on each rank")
     p.schedule.add_argument("--epochs", type=int, help="passes over the training set")
     p.schedule.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
@@ -191,10 +195,17 @@ def cosine(step, total, warmup, peak):
 
 
 def catch_signals():
-    """A list that the numbers of SIGTERM and SIGINT are appended to, for check_step to look at."""
+    """A list that the numbers of SIGTERM and SIGINT are appended to, for check_step to look at. A second SIGINT ends it all."""
     caught = []
+
+    def catch(number, frame):
+        if signal.SIGINT in caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+        if rank() == 0:
+            print("a checkpoint is written when this step is done, or this evaluation; Ctrl-C again ends at once", file=sys.stderr)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: caught.append(number))
+        signal.signal(number, catch)
     return caught
 
 
@@ -268,7 +279,7 @@ def checkpoint(args, step, steps, epoch_steps, stopped, modules, optimizer, mode
         sys.exit(128 + stopped)
     if evaluate:
         metric = evaluate()
-        if best is None or metric > best:
+        if not math.isnan(metric) and (best is None or metric > best):
             best = metric
             save("best.pt", evaluated=True)
         save(name, evaluated=True)
@@ -287,7 +298,8 @@ def write_atomically(path, state):
         os.fsync(folder)                                   # the renaming itself
         os.close(folder)
     except (OSError, RuntimeError) as error:               # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InputError(f"{path}: not written ({error}), {shutil.disk_usage(path.parent).free / 2 ** 20:.0f} MiB free there; "
                          "the one before is intact: make room and run the same command again") from error
 
@@ -343,8 +355,12 @@ def resume(args, modules, optimizer):
                             for saved in (state["optimizer"], optimizer.state_dict()))
         if names != own_names or not modules.keys() <= state.keys():  # the optimizer's state loads by position
             raise InputError(f"--output {folder} holds a run of another architecture: choose another --output")
-        for name, module in modules.items():
-            module.load_state_dict(state[name])
+        try:
+            for name, module in modules.items():
+                module.load_state_dict(state[name])
+        except RuntimeError as error:                      # its second line says what was expected and found
+            raise InputError(f"--output {folder} holds a run of another architecture ({str(error).splitlines()[-1].strip()}): choose "
+                             "another --output") from error
         own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
         for group, values in zip(optimizer.param_groups, own):
@@ -356,6 +372,10 @@ def resume(args, modules, optimizer):
     if len(set(everyone)) > 1:
         raise InputError(f"--output {folder}: ranks found different checkpoints, of steps {sorted(set(everyone))}: "
                          "it must lie on storage that all machines share")
+    if rank() == 0:
+        for path in folder.glob("step-*.pt"):              # not to be counted among those that are kept
+            if int(path.stem[5:]) > step:
+                path.rename(path.with_suffix(".damaged"))
     log(args, args=vars(args), world_size=world_size(), hardware=hardware(), torch=torch.__version__, step=step)
     return step, best, pending
 
@@ -365,6 +385,9 @@ def make_folder(args):
     folder = Path(args.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"write-{rank()}.tmp"
+        probe.touch()
+        probe.unlink()
         with open(folder / "log.jsonl", "a"):
             return folder
     except OSError as error:
@@ -373,11 +396,13 @@ def make_folder(args):
 
 def lock(folder):
     """Refuse a folder that another live process has locked; the lock ends with this process, however it ends."""
-    file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)  # never closed: that would release it
     try:
+        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)  # never closed: that would release it
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):    # else a file system without locks
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            print(f"{folder}: not locked against a second run ({error.strerror})", file=sys.stderr)
+        else:
             raise InputError(f"--output {folder}: a run that is still alive writes there; stop it (ranks may outlive their "
                              "torchrun) or choose another") from error
 
@@ -389,23 +414,32 @@ def report(args, row, **context):
     return row
 
 
-@functools.lru_cache
-def event_file(folder):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError(f"--tensorboard: {error.name} is missing: pip install tensorboard") from error
-    return SummaryWriter(folder)
-
-
 def log(args, /, **row):
-    """Append one JSON line to log.jsonl in args.output and print it, on rank 0."""
-    if rank() == 0:
+    """Append one JSON line to log.jsonl in args.output and print it, on rank 0; with --tensorboard also to an event file."""
+    if rank():
+        return
+    try:
         with open(Path(args.output) / "log.jsonl", "a") as file:
             file.write(json.dumps(dict(row, time=round(time.time(), 1))) + "\n")
-        if "args" not in row:
-            if args.tensorboard and "step" in row:
-                for key, value in row.items():
-                    if isinstance(value, (int, float)) and key != "step":
-                        event_file(args.output).add_scalar(f"{row['split']}/{key}" if "split" in row else key, value, row["step"])
-            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    except OSError as error:
+        raise InputError(f"{args.output}/log.jsonl: not written ({error.strerror}), {shutil.disk_usage(args.output).free / 2 ** 20:.0f} "
+                         "MiB free there; the last checkpoint is intact: make room and run the same command again") from error
+    if vars(args).get("tensorboard") and "step" in row:
+        write_events(args.output, row)
+    if "args" not in row:
+        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+
+
+def write_events(folder, row):
+    """A log's row as event files have it; the first one, with "args", opens them and drops what lies after its step."""
+    if "args" in row:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise InputError(f"--tensorboard: {error.name} is missing: pip install tensorboard") from error
+        WRITERS[folder] = SummaryWriter(folder, purge_step=row["step"] + 1)
+        return
+    for key, value in row.items():
+        if isinstance(value, (int, float)) and key != "step":
+            WRITERS[folder].add_scalar(f"{row['split']}/{key}" if "split" in row else key, value, row["step"])
+    WRITERS[folder].flush()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import model
 import runtime
 from conftest import run
@@ -71,6 +72,21 @@ def test_transformers_opens_what_is_exported(stage, chain):
     assert expected.std() > 0.1 and torch.allclose(logits, expected, atol=1e-5 * expected.abs().max().item())
 
 
+def test_the_processor_crops_at_any_size(chain):
+    """Where the image is far from square, above and below transformers' own thresholds."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: requirements-extra.txt")
+    wide = Image.fromarray((torch.linspace(0, 40, 500 * 1000 * 3).sin().view(500, 1000, 3) * 127 + 128).byte().numpy())
+    for size, crop in ((448, 0.875), (95, 0.8), (32, 1.0)):
+        state = newest(chain.finetune)
+        state["model_args"]["image_size"], state["args"]["eval_crop"] = size, crop
+        _, processor = export.settings(state)
+        Path("folder").mkdir(exist_ok=True)
+        Path("folder/preprocessor_config.json").write_text(json.dumps(processor))
+        theirs = transformers.AutoImageProcessor.from_pretrained("folder")(wide, return_tensors="pt").pixel_values[0]
+        ours = data.eval_transform(size, crop)(wide)
+        assert theirs.shape == ours.shape and (theirs - ours).abs().mean() < 0.02
+
+
 def test_only_what_is_beits_is_exported(chain, capsys):
     pytest.importorskip("safetensors", reason="safetensors is not installed: requirements-extra.txt")
     with pytest.raises(runtime.InputError, match="found a checkpoint of tokenizer, expected one of pretrain or finetune"):
@@ -95,7 +111,6 @@ def test_event_files(chain):
 
 def test_missing_tensorboard(chain, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    runtime.event_file.cache_clear()
     message = fails(capsys, "finetune", *chain.inputs["finetune"], "--tensorboard", "--output", "run")
     assert "--tensorboard: " in message and "pip install tensorboard" in message
 

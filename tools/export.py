@@ -60,10 +60,11 @@ def settings(state):
     else:
         config |= dict(id2label={i: f"LABEL_{i}" for i in range(args["classes"])},
                        label2id={f"LABEL_{i}": i for i in range(args["classes"])})
-    side = round(args["image_size"] / run.get("eval_crop", 0.875))  # as data.eval_transform; transformers would truncate
-    processor = dict(image_processor_type="ConvNextImageProcessor", size=dict(shortest_edge=args["image_size"]),
-                     crop_pct=args["image_size"] / side, resample=3, do_resize=True, do_rescale=True, rescale_factor=1 / 255,
-                     do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    side = round(args["image_size"] / run.get("eval_crop", 0.875))  # as data.eval_transform
+    # CLIP's processor has the shorter side resized and the centre cropped; BEiT's own squashes the image to a square
+    processor = dict(image_processor_type="CLIPImageProcessor", do_resize=True, size=dict(shortest_edge=side), resample=3,
+                     do_center_crop=True, crop_size=dict(height=args["image_size"], width=args["image_size"]), do_rescale=True,
+                     rescale_factor=1 / 255, do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True)
     return config, processor
 
 

@@ -7,6 +7,7 @@ whose tokenizer and data are there, masked images with the codes it predicts, de
 """
 import argparse
 import base64
+import contextlib
 import html
 import io
 import json
@@ -48,7 +49,10 @@ class Run:
         self.folder, log = Path(folder), Path(folder) / "log.jsonl"
         if not log.exists():
             raise InputError(f"{folder}: no log.jsonl in it; name a stage's output folder")
-        rows = [json.loads(line) for line in log.read_text().splitlines() if line]
+        rows = []
+        for line in log.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # a run that died wrote half of its last line
+                rows.append(json.loads(line))
         starts = [row for row in rows if "args" in row]
         self.args = starts[-1]["args"] if starts else {}
         self.about = " · ".join(str(starts[-1][key]) for key in ("hardware", "torch") if key in starts[-1]) if starts else ""
