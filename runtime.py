@@ -19,11 +19,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 FREE = {"output", "resume", "workers", "log_every", "save_every", "skip_bad_images", "pictures", "tensorboard", "dry_run",
         "checkpoint_activations"}  # do not change the weights
 MEMORY = "out of memory", "can't allocate memory", "ALLOC_FAILED"  # CUDA, the CPU's allocator, cuBLAS
+UNSOUND = []                                               # of this rank's gradients in a step: whether a bucket has NaN or ∞
 WRITERS = {}                                               # of event files, by folder
 TIMEOUT = timedelta(minutes=10)                            # for a rank that hangs: NCCL's default, for gloo too
 
@@ -160,8 +162,16 @@ def distribute(module, device):
     """DDP in a process group, else the module itself. Buffers are left alone: model.Quantizer keeps its own alike."""
     if not dist.is_initialized():
         return module
-    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None,
-                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+    network = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None,
+                                      broadcast_buffers=False, gradient_as_bucket_view=True)
+    network.register_comm_hook(None, average)
+    return network
+
+
+def average(group, bucket):
+    """DDP's own all-reduce, after a look at this rank's gradients: an average does not tell whose was not finite."""
+    UNSOUND.append(~bucket.buffer().isfinite().all())
+    return allreduce_hook(group, bucket)
 
 
 # ---- Steps
@@ -215,15 +225,19 @@ def check_step(step, terms, caught, device, samples):
     terms: this rank's loss, gradient norm and what else is logged, by name; samples(step, rank): indices of the images
     that a rank saw. Raises FloatingPointError on all ranks where a term is not finite on any.
     """
-    table = torch.zeros(world_size(), len(terms) + 1, device=device)  # a row a rank
-    table[rank()] = torch.stack([torch.as_tensor(float(caught[0]) if caught else 0.0, device=device),
+    table = torch.zeros(world_size(), len(terms) + 2, device=device)  # a row a rank
+    unsound = torch.stack(UNSOUND).any().float() if UNSOUND else torch.zeros((), device=device)
+    table[rank()] = torch.stack([torch.as_tensor(float(caught[0]) if caught else 0.0, device=device), unsound,
                                  *(term.detach().float() for term in terms.values())])
+    UNSOUND.clear()
     if dist.is_initialized():
         dist.all_reduce(table)
-    signals, *columns = table.T.tolist()
+    signals, unsound, *columns = table.T.tolist()
     for name, values in zip(terms, columns):
-        bad = [f"rank {r} (images {', '.join(map(str, samples(step, r)))})"
-               for r, value in enumerate(values) if not math.isfinite(value)]
+        ranks = [r for r, value in enumerate(values) if not math.isfinite(value)]
+        if len(ranks) == world_size() and any(unsound):    # averaged: all have it from these
+            ranks = [r for r, value in enumerate(unsound) if value]
+        bad = [f"rank {r} (images {', '.join(map(str, samples(step, r)))})" for r in ranks]
         if bad:
             raise FloatingPointError(f"{name} not finite at step {step} on {', '.join(bad)}; stopped before the update, "
                                      "the last checkpoint is intact: try a lower --lr or --amp fp32")

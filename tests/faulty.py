@@ -1,14 +1,16 @@
 """A stage with a fault in it, for test_faults.py: by fork, or under torchrun (faulty.py STAGE FAULT… -- FLAGS…).
 
 A fault is NAME or NAME=VALUE:
-    record=FOLDER   writes there what each rank's every batch held, and the digest of all that is trained at each step
+    record=FOLDER   writes there what each rank's every batch held, and the digest of all that is trained after each step
+                    and at the process's end
     double          computes in float64
     kill=STEP       the last rank kills itself in that step, once
     stop=STEP       the last rank stops itself (SIGSTOP) in that step
-    nan=loss|grad   the last rank's loss or a gradient is NaN in step 2
+    nan=loss|grad   the last rank's loss or one of its gradients is NaN in step 2
     touch=WHERE     creates the file TOUCHED in the first step, in the evaluation or in a save, and waits a little there
     timeout=SECONDS for a rank that hangs
 """
+import atexit
 import json
 import math
 import os
@@ -44,7 +46,7 @@ def before_step(action):
 def record(folder):
     """FOLDER/rank-R.jsonl: {"batch": step, "samples": a digest of each} and {"step": step, "digest": of weights and optimizer}."""
     Path(folder).mkdir(exist_ok=True)
-    live, resume, iterate, check = [], runtime.resume, data.TrainLoader.__iter__, runtime.check_step
+    live, resume, iterate, checkpoint = [], runtime.resume, data.TrainLoader.__iter__, runtime.checkpoint
 
     def write(**row):
         with open(Path(folder) / f"rank-{runtime.rank()}.jsonl", "a") as file:
@@ -66,11 +68,14 @@ def record(folder):
             step, parts = (step + 1, 0) if parts == live[0].accumulate else (step, parts)
             yield inputs, labels
 
-    def digests(step, *rest):
-        result = check(step, *rest)
+    def digest(step):
         write(step=step, digest=runtime.digest([*(m.state_dict() for m in live[1].values()), live[2].state_dict()["state"]]))
-        return result
-    runtime.resume, data.TrainLoader.__iter__, runtime.check_step = keep, watched, digests
+
+    def digests(args, step, *rest):                        # called at each step's end
+        digest(step)
+        return checkpoint(args, step, *rest)
+    runtime.resume, data.TrainLoader.__iter__, runtime.checkpoint = keep, watched, digests
+    atexit.register(lambda: digest(-1))
 
 
 def double():
@@ -97,10 +102,19 @@ def inject(fault):
                 os.kill(os.getpid(), signal.SIGKILL if name == "kill" else signal.SIGSTOP)
         before_step(strike)
     elif name == "nan":
-        def poison(step, terms):
-            if step == 2 and last_rank():
-                terms["loss" if value == "loss" else "grad_norm"] = torch.tensor(math.nan)
-        before_step(poison)
+        now, distribute = [0], runtime.distribute
+
+        def count(step, terms):
+            if step == 2 and last_rank() and value == "loss":
+                terms["loss"] = torch.tensor(math.nan)
+            now[0] = step + 1                              # the step that comes next
+
+        def poisoned(module, device):
+            parameter = [p for p in module.parameters() if p.requires_grad][-1]
+            parameter.register_hook(lambda grad: grad * math.nan if now[0] == 2 and last_rank() and value == "grad" else grad)
+            return distribute(module, device)
+        before_step(count)
+        runtime.distribute = poisoned
     elif name == "timeout":
         runtime.TIMEOUT = timedelta(seconds=float(value))
     elif name == "touch":
