@@ -43,7 +43,7 @@ def launch(main, args):
     try:
         if "RANK" in os.environ:                           # set by torchrun
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
-        if vars(args).get("dry_run") is not None:
+        if args.dry_run is not None:
             main = importlib.import_module("tools.plan").main
         main(args)
         if dist.is_initialized():
@@ -438,7 +438,7 @@ def log(args, /, **row):
     except OSError as error:
         raise InputError(f"{args.output}/log.jsonl: not written ({error.strerror}), {shutil.disk_usage(args.output).free / 2 ** 20:.0f} "
                          "MiB free there; the last checkpoint is intact: make room and run the same command again") from error
-    if vars(args).get("tensorboard") and "step" in row:
+    if args.tensorboard and "step" in row:
         write_events(args.output, row)
     if "args" not in row:
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)

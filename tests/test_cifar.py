@@ -73,6 +73,8 @@ def cifar(tmp_path_factory):
 
 def test_all_stages(cifar):
     for stage, module in STAGES.items():
+        if "cifar" not in module.RECIPES:
+            continue
         workers = "1" if stage == "teacher" else "0"
         module.main(module.get_args(["--recipe", "cifar", "--data", str(cifar), "--batch-size", "8", "--steps", "2",
                                      "--log-every", "1", "--workers", workers]))

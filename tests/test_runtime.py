@@ -71,7 +71,7 @@ def test_bad_input_ends_with_one_line_and_status_2(capsys):
         raise InputError("--patch-size: 5 is odd")
 
     with pytest.raises(SystemExit) as stop:
-        runtime.launch(main, Namespace(stage="teacher"))
+        runtime.launch(main, Namespace(stage="teacher", dry_run=None))
     assert stop.value.code == 2 and capsys.readouterr().err == "teacher.py: --patch-size: 5 is odd\n"
 
 
@@ -80,7 +80,7 @@ def test_other_errors_keep_their_traceback():
         raise KeyError("a bug")
 
     with pytest.raises(KeyError):
-        runtime.launch(main, Namespace(stage="teacher"))
+        runtime.launch(main, Namespace(stage="teacher", dry_run=None))
 
 
 # ------------------------------------------------------------------------------------------------

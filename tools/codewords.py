@@ -27,7 +27,7 @@ def get_args(argv=None):
     p.add_argument("--perceptual", help="as in tokenizer.py; default: the recipe's")
     p.add_argument("--workers", type=int, default=1)
     args = p.parse_args(argv)
-    args.stage, args.output, args.amp = "codewords", args.tokenizer, "auto"
+    args.stage, args.output, args.amp, args.dry_run, args.tensorboard = "codewords", args.tokenizer, "auto", None, False
     recipe = stage.RECIPES[args.recipe]
     args.data, args.image_size, args.eval_crop = args.data or recipe["data"], recipe["image_size"], recipe["eval_crop"]
     args.perceptual = args.perceptual or recipe["perceptual"].replace("RECIPE", args.recipe)
