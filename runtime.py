@@ -212,8 +212,8 @@ def catch_signals():
         if signal.SIGINT in caught and number == signal.SIGINT:
             raise KeyboardInterrupt
         caught.append(number)
-        if rank() == 0:
-            print("a checkpoint is written when this step is done, or this evaluation; Ctrl-C again ends at once", file=sys.stderr)
+        if rank() == 0:                                    # not by print: the signal may have come within one
+            os.write(2, b"a checkpoint is written when this step is done, or this evaluation; Ctrl-C again ends at once\n")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, catch)
     return caught
@@ -356,7 +356,7 @@ def resume(args, modules, optimizer):
     if rank() == 0:
         lock(folder)
         for temporary in folder.glob("*.tmp"):             # of a run that was killed while it wrote
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
     if list(folder.glob("step-*.pt")):
         state = load_checkpoint(folder)
         now, then = vars(args), state["args"]
@@ -401,7 +401,7 @@ def make_folder(args):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f"write-{rank()}.tmp"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)                      # rank 0 may have cleared it away, in resume
         with open(folder / "log.jsonl", "a"):
             return folder
     except OSError as error:
