@@ -1,6 +1,5 @@
 """--dry-run: what it says is what a step takes."""
 import json
-import os
 import resource
 
 import pytest

@@ -1,5 +1,4 @@
 """Arguments, schedule, the check of a step, checkpoints."""
-import argparse
 import errno
 import json
 import math

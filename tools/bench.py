@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import platform
 import resource
 import statistics
@@ -22,7 +21,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -30,7 +28,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import finetune
 import pretrain
 import runtime
 import tokenizer

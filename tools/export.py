@@ -12,8 +12,6 @@ import re
 import sys
 from pathlib import Path
 
-import torch
-
 from model import trained_weights
 from runtime import InputError, load_checkpoint
 
