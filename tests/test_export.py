@@ -87,9 +87,44 @@ def test_the_processor_crops_at_any_size(chain):
         assert theirs.shape == ours.shape and (theirs - ours).abs().mean() < 0.02
 
 
+def test_timms_own_name_takes_a_fine_tuned_run():
+    """A run of --model base at 224 px, strictly, with equal logits."""
+    timm = pytest.importorskip("timm", reason="timm is not installed: requirements-extra.txt")
+    torch.manual_seed(0)
+    own = model.VisionTransformer(**model.SIZES["base"], positions="block", classes=1000).eval()
+    with torch.no_grad():                                   # far from the initial weights: none is without effect
+        for parameter in own.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    theirs = timm.create_model("beit_base_patch16_224", pretrained=False).eval()
+    theirs.load_state_dict(own.state_dict(), strict=True)
+    pixels = torch.rand(1, 3, 224, 224) * 2 - 1
+    with torch.no_grad():
+        expected = own(pixels)
+        assert expected.std() > 0.1 and torch.allclose(theirs(pixels), expected, atol=1e-5 * expected.abs().max().item())
+
+
+def test_a_teacher_is_a_file_of_moco_v3s(chain):
+    """Opened as MoCo v3's linear evaluation does: names under module.base_encoder, all but the head's, into timm's ViT."""
+    pytest.importorskip("timm", reason="timm is not installed: requirements-extra.txt")
+    from timm.models.vision_transformer import VisionTransformer
+    export.main([randomized(chain, "teacher"), "folder"])
+    state = torch.load("folder/checkpoint.pth.tar", weights_only=True)["state_dict"]
+    theirs = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=2, num_classes=7, qkv_bias=True).eval()
+    missing, unexpected = theirs.load_state_dict({k.removeprefix("module.base_encoder."): v for k, v in state.items()}, strict=False)
+    assert set(missing) == {"head.weight", "head.bias"} and not unexpected
+    own, pixels = model.load("teacher.pt"), torch.rand(2, 3, 32, 32) * 2 - 1
+    normalised = ((pixels + 1) / 2 - own.mean) / own.std                            # timm's inputs
+    with torch.no_grad():
+        expected = own(pixels)
+        assert torch.allclose(theirs.forward_features(normalised), expected, atol=1e-5 * expected.abs().max().item())
+    again, *_ = model.transfer("file", torch.load("folder/checkpoint.pth.tar", weights_only=True),
+                               dict(model.SIZES["nano"], patch_size=8), image_size=32)
+    assert all(torch.equal(value, own.state_dict()[key]) for key, value in again.state_dict().items())
+
+
 def test_only_what_is_beits_is_exported(chain, capsys):
     pytest.importorskip("safetensors", reason="safetensors is not installed: requirements-extra.txt")
-    with pytest.raises(runtime.InputError, match="found a checkpoint of tokenizer, expected one of pretrain or finetune"):
+    with pytest.raises(runtime.InputError, match="found a checkpoint of tokenizer, expected one of teacher or pretrain or finetune"):
         export.main([str(chain.tokenizer), "folder"])
     run("finetune", "--init", str(chain.teacher), "--steps", "1", "--output", "absolute")
     with pytest.raises(runtime.InputError, match="are BEiT's"):

@@ -1,16 +1,20 @@
-"""A pre-training or fine-tuning run as a folder that transformers opens.
+"""A run as others' code opens it: a folder for transformers, or a file of MoCo v3's form.
 
     python -m tools.export runs/paper/finetune beit-peco
     python -c "from transformers import AutoModelForImageClassification as A; A.from_pretrained('beit-peco')"
+    python -m tools.export runs/paper/teacher moco-v3
 
 pretrain.py: BeitForMaskedImageModeling; finetune.py: BeitForImageClassification. Names and settings are those of the
 published BEiT checkpoints; the image processor resizes and crops as the run's evaluation did. Needs safetensors.
+teacher.py: checkpoint.pth.tar, the encoder by the names of MoCo v3's own files, which its scripts read.
 """
 import argparse
 import json
 import re
 import sys
 from pathlib import Path
+
+import torch
 
 from model import trained_weights
 from runtime import InputError, load_checkpoint
@@ -68,15 +72,21 @@ def settings(state):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("run", help="run or checkpoint of pretrain.py or finetune.py")
-    p.add_argument("folder", type=Path, help="made, with config.json, preprocessor_config.json and model.safetensors")
+    p.add_argument("run", help="run or checkpoint of teacher.py, pretrain.py or finetune.py")
+    p.add_argument("folder", type=Path, help="made, with config.json, preprocessor_config.json and model.safetensors, or "
+                   "checkpoint.pth.tar")
     args = p.parse_args(argv)
+    state = load_checkpoint(args.run, ["teacher", "pretrain", "finetune"])
+    if state["stage"] == "teacher":
+        args.folder.mkdir(parents=True, exist_ok=True)
+        encoder = {f"module.base_encoder.{key}": value for key, value in state["model"].items()}
+        return torch.save(dict(arch=f"vit_{state['args']['model']}", epoch=state["epoch"], state_dict=encoder),
+                          args.folder / "checkpoint.pth.tar")
+    config, processor = settings(state)
     try:
         from safetensors.torch import save_file
     except ImportError:
         raise InputError("safetensors is missing: pip install safetensors") from None
-    state = load_checkpoint(args.run, ["pretrain", "finetune"])
-    config, processor = settings(state)
     args.folder.mkdir(parents=True, exist_ok=True)
     save_file(rename(trained_weights(state)), args.folder / "model.safetensors", metadata=dict(format="pt"))
     for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
