@@ -168,6 +168,12 @@ def test_report(chain, folder, monkeypatch):
         report.main(["nowhere"])
 
 
+def test_report_of_a_probe(chain):
+    top1 = run("finetune", "--init", str(chain.finetune), "--eval", "--output", "run")["top1"]
+    report.main(["run"])
+    assert f"top1 {report.number(top1)}, " in Path("report.html").read_text()
+
+
 def test_report_of_a_run_whose_tokenizer_is_gone(chain):
     shutil.copytree(chain.pretrain, "run")
     rows = (Path("run/log.jsonl").read_text().replace(str(chain.tokenizer), "gone").replace("runs/demo/tokenizer", "gone"))

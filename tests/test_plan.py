@@ -27,6 +27,8 @@ def test_every_stage_says_what_it_will_cost(stage, chain, capsys, monkeypatch):
     newest = sorted((chain.root / "runs" / "demo" / stage).glob("step-*.pt"))[-1]
     assert found["written"] == pytest.approx(newest.stat().st_size, rel=0.25)           # small tensors: names and headers count
     assert found["micro"] == 16 and found["forward"] > 1e6 and found["activations"] > 1e5
+    least, most = dict(teacher=(1.1, 2.5), tokenizer=(1.5, 2.9), pretrain=(1.1, 2.9)).get(stage, (2.5, 3.0))  # with frozen networks
+    assert least < found["training"] / found["forward"] <= most
     assert not (chain.root / "planned").exists()
 
 

@@ -132,15 +132,18 @@ def estimate(args, classes):
             return tensor
         with (FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
               runtime.autocast(args, device)):
-            loss(torch.empty(micro, 3, height, width))
+            value, forward = loss(torch.empty(micro, 3, height, width)), counter.get_total_flops()
+            activations = sum(saved.values())              # the backward pass of checkpointed blocks saves anew
+            value.backward()
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         held = sum(t.numel() for module in (network, frozen) if module is not None for t in (*module.parameters(), *module.buffers()))
         kept = [network, frozen] if args.stage == "teacher" else [network]                  # MoCo's momentum copies too
         written = sum(t.numel() for module in kept for t in module.state_dict().values()) + 2 * trained
     cached_position_index.cache_clear()                    # they have been asked for fake tensors
     offset_weights.cache_clear()
-    return dict(trained=trained, held=held, forward=counter.get_total_flops() / micro, activations=sum(saved.values()), written=4 * written,
-                memory=4 * held + 12 * trained + sum(saved.values()), micro=micro)          # gradients and Adam's two moments
+    return dict(trained=trained, held=held, forward=forward / micro, training=counter.get_total_flops() / micro,
+                activations=activations, memory=4 * held + 12 * trained + activations,      # with gradients and Adam's two moments
+                written=4 * written, micro=micro)
 
 
 def main(args):
@@ -152,7 +155,7 @@ def main(args):
         return
     print(f"{args.stage}.py, {runtime.world_size()} rank{'s' * (runtime.world_size() > 1)}, {found['micro']} images on each at a time\n"
           f"weights trained     {found['trained'] / 1e6:,.1f} M, held {found['held'] / 1e6:,.1f} M\n"
-          f"FLOPs an image      {found['forward'] / 1e9:,.1f} G forward, about three times that with backward\n"
+          f"FLOPs an image      {found['forward'] / 1e9:,.1f} G forward, {found['training'] / 1e9:,.1f} G with the backward pass\n"
           f"memory              {found['memory'] / gib:,.1f} GiB: weights, gradients and Adam's moments "
           f"{(found['memory'] - found['activations']) / gib:,.1f}, activations {found['activations'] / gib:,.1f}\n"
           f"checkpoint          {found['written'] / gib:,.2f} GiB, three of them\n"

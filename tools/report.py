@@ -57,6 +57,7 @@ class Run:
         self.args = starts[-1]["args"] if starts else {}
         self.about = " · ".join(str(starts[-1][key]) for key in ("hardware", "torch") if key in starts[-1]) if starts else ""
         self.series = {}                                   # name → {step: value}: a resumed run's later line wins
+        self.evaluations = [row for row in rows if "args" not in row and "step" not in row]  # of --eval and --probe
         for row in rows:
             if "args" in row or "step" not in row:
                 continue
@@ -162,6 +163,14 @@ def arguments(runs):
     return f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'
 
 
+def evaluations(runs):
+    """What was measured outside training, a line each."""
+    rows = "".join(f"<tr><td>{html.escape(str(run.folder))}</td><td>"
+                   + html.escape(", ".join(f"{key} {number(value) if isinstance(value, float) else value}" for key, value in row.items()
+                                           if key != "time")) + "</td></tr>" for run in runs for row in run.evaluations)
+    return f'<h2>Evaluations and probes</h2><div class="scroll"><table>{rows}</table></div>' if rows else ""
+
+
 def page(runs):
     names = list(dict.fromkeys(name for run in runs for name in run.series))
     charts = [chart(name, {i: run.series[name] for i, run in enumerate(runs) if name in run.series}) for name in names]
@@ -172,7 +181,7 @@ def page(runs):
             f"<title>{html.escape(', '.join(str(run.folder) for run in runs))}</title><style>{STYLE}</style>"
             f'<h1>PeCo runs</h1><ul class="legend">{legend}</ul><h2>Curves, over steps</h2><div class="grid">{"".join(charts)}</div>'
             + (f'<h2>Pictures</h2><div class="grid pictures">{"".join(shown)}</div>' if shown else "")
-            + f"<h2>Arguments</h2>{arguments(runs)}</html>\n")
+            + f"{evaluations(runs)}<h2>Arguments</h2>{arguments(runs)}</html>\n")
 
 
 def main(argv=None):
