@@ -99,7 +99,7 @@ def kill_and_go_on(stage, chain, kills, workers):
     steps, rng, at = 4 * kills + 6, random.Random(0), []
     flags = [*chain.inputs[stage], "--steps", str(steps), "--workers", str(workers)]
     with forked(faulty.main, stage, ["record=whole.rec"], [*flags, "--output", "whole"]) as pid:
-        assert wait(pid) == 0, Path("output.txt").read_text()[-2000:]
+        assert wait(pid, 600) == 0, Path("output.txt").read_text()[-2000:]
     for _ in range(kills):
         with forked(faulty.main, stage, ["record=killed.rec"], [*flags, "--output", "killed"]) as pid:
             target, deadline = steps_done("killed.rec") + rng.randrange(5), time.time() + 120
@@ -112,13 +112,13 @@ def kill_and_go_on(stage, chain, kills, workers):
         at.append(newest("killed")["step"] if list(Path("killed").glob("step-*.pt")) else 0)
     assert max(at) < steps and (kills < 5 or len(set(at)) > 2)
     with forked(faulty.main, stage, ["record=killed.rec"], [*flags, "--output", "killed"]) as pid:
-        assert wait(pid) == 0, Path("output.txt").read_text()[-2000:]
+        assert wait(pid, 600) == 0, Path("output.txt").read_text()[-2000:]
     whole, killed = newest("whole"), newest("killed")
     assert killed["step"] == steps and weights(killed) == weights(whole) and killed["best"] == whole["best"]
     assert record("killed.rec") == record("whole.rec") and len(record("whole.rec")[0]) == steps
     assert steps_done("killed.rec") > steps                 # some were done again: the kills cost something
     with forked(faulty.main, stage, ["record=other.rec"], [*flags, "--output", "other", "--seed", "1"]) as pid:   # the control
-        assert wait(pid) == 0
+        assert wait(pid, 600) == 0
     assert weights(newest("other")) != weights(whole) and record("other.rec") != record("whole.rec")
 
 

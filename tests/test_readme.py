@@ -30,6 +30,18 @@ def test_flags_exist():
         assert f'"{flag}"' in helps, flag
 
 
+def test_use_runs_as_shown(chain, capsys, monkeypatch):
+    """Its lines, on the tests' runs: what it prints is that but for the numbers' values."""
+    monkeypatch.chdir(chain.root)
+    link = chain.root / "runs" / "demo" / "finetune-pre-trained-0"
+    if not link.exists():
+        link.symlink_to(chain.finetune)
+    code, shown = re.search(r"```python\n(.*?)```\nprints\n```\n(.*?)```", README, re.S).groups()
+    exec(code, {})
+    form = [re.sub(r"[-+.\de]+|\s", lambda m: "" if m[0].isspace() else "#", text) for text in (shown, capsys.readouterr().out)]
+    assert form[0] == form[1] and form[0].count("#") > 20
+
+
 def test_recipe_values():
     """A few numbers of the README's recipe table, against the table in the scripts."""
     p, t, f, m = pretrain.RECIPES["paper"], tokenizer.RECIPES["paper"], finetune.RECIPES["paper"], teacher.RECIPES["paper"]

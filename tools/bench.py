@@ -93,7 +93,7 @@ class Bench:
     def vit(self, **changes):
         return VisionTransformer(**SIZES["base"], **changes).to(self.device)
 
-    def pretraining(self, dtype=None, way=contextlib.nullcontext):
+    def pretraining(self, dtype=None, way=contextlib.nullcontext, compiled=False):
         network, images = self.vit(codes=CODES["codebook_size"], drop_path=0.1), self.images()
         mask = torch.stack([block_mask(14, 75) for _ in range(self.batch)]).to(self.device)
         target = torch.randint(CODES["codebook_size"], (self.batch * 75,), device=self.device)
@@ -101,7 +101,10 @@ class Bench:
         def loss():
             with way():
                 return F.cross_entropy(network(images, mask).float(), target)
-        return self.training(network, loss, lambda: network(images, mask), dtype, param_groups(network, 0.05), fused=True)
+        row = self.training(network, loss, lambda: network(images, mask), dtype, param_groups(network, 0.05), fused=True)
+        if compiled:
+            network.compile()                               # after its FLOPs are counted
+        return row
 
     def finetuning(self):
         network, images = self.vit(classes=1000, positions="block", drop_path=0.1), self.images()
@@ -239,6 +242,7 @@ class Bench:
         """{name: maker of (function, FLOPs, bytes)}"""
         rows = {
             "ViT-B pre-training step": self.pretraining,
+            "ViT-B pre-training step, --compile": lambda: self.pretraining(compiled=True),
             "fine-tuning step": self.finetuning,
             "tokenizer encoding": self.encoding,
             "tokenizer training step": self.tokenizer_training,
