@@ -48,11 +48,11 @@ def record(folder):
     live, resume, iterate, checkpoint = [], runtime.resume, data.TrainLoader.__iter__, runtime.checkpoint
 
     def write(**row):
-        with open(Path(folder) / f"rank-{runtime.rank()}.jsonl", "a") as file:
+        with open(Path(folder) / f"rank-{live[3]}.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
     def keep(args, modules, optimizer):
-        live[:] = [args, modules, optimizer]
+        live[:] = [args, modules, optimizer, runtime.rank()]    # at the process's end there is no group to ask
         return resume(args, modules, optimizer)
 
     def watched(self):

@@ -332,6 +332,14 @@ SAME = {"finetune": ["--mixup", "0", "--drop-path", "0"], "pretrain": ["--drop-p
         "detect": ["--drop-path", "0", "--min-size", "32"]}
 
 
+def seen(name, weight, stage):
+    """What of a weight the loss depends on. Of the rest the gradient is 0 but for rounding, of which Adam makes steps: of
+    the keys' bias, and of a bias that batch norm takes away."""
+    if name.endswith("qkv.bias"):
+        return torch.cat([weight.chunk(3)[0], weight.chunk(3)[2]])
+    return weight[:0] if stage == "teacher" and name == "norm.bias" else weight
+
+
 @long
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_are_alike_and_as_one_in_float64(stage, chain):
@@ -341,8 +349,9 @@ def test_two_ranks_are_alike_and_as_one_in_float64(stage, chain):
         assert wait(pid, 240) == 0, Path("output.txt").read_text()
     first, second = record("two.rec", 0)[1], record("two.rec", 1)[1]
     assert first == second and len(set(first.values())) == 6 and set(first) == {1, 2, 3, 4, 5, 6, -1} and first[6] == first[-1]
-    one, two = newest("one")["model"], newest("two")["model"]
-    worst = max(((one[k] - two[k]).abs().max() / one[k].abs().max().clamp(min=1e-3)).item() for k in one if one[k].is_floating_point())
+    pairs = [[seen(key, newest(run)["model"][key], stage) for run in ("one", "two")] for key, value in newest("one")["model"].items()
+             if value.is_floating_point()]
+    worst = max(((one - two).norm() / one.norm().clamp(min=1e-3)).item() for one, two in pairs)
     if stage in ("segment", "detect"):                      # dropout; sampled anchors and boxes: seeded by the rank
         assert worst > 1e-12                                # the control: the figure can be larger
     else:
