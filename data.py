@@ -208,9 +208,10 @@ def load_dataset(name, split, image_size, root="data"):
             dist.barrier()
         return dataset
     folder = Path(name) / split
-    if not folder.is_dir():
-        why = f"it has no {split}/ folder" if Path(name).is_dir() else "no such folder"
-        raise InputError(f"--data {name}: {why}; pass the folder that holds train/ and val/, each with a folder a class")
+    for part in (split, "train"):
+        if not (Path(name) / part).is_dir():
+            why = f"it has no {part}/ folder" if Path(name).is_dir() else "no such folder"
+            raise InputError(f"--data {name}: {why}; pass the folder that holds train/ and val/, each with a folder a class")
     try:
         dataset = torchvision.datasets.ImageFolder(folder, loader=Image.open)  # read() decodes it
     except (OSError, RuntimeError) as error:               # no class folders, or an empty one
@@ -435,7 +436,8 @@ def as_lists(batch):
 
 def make_loader(samples, batches, workers, collate=None):
     return DataLoader(samples, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals, collate_fn=collate,
-                      pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+                      pin_memory=torch.cuda.is_available(), generator=torch.Generator(),
+                      multiprocessing_context="fork" if workers else None)  # memory is shared, transforms need no pickling
 
 
 def to_device(batch, device):
@@ -454,7 +456,8 @@ class TrainLoader:
         indices = range(len(dataset)) if indices is None else indices
         self.batches = GlobalBatches(indices, args.batch_size, micro_batch, start, stop, args.seed)
         samples = Samples(dataset, transform, args.seed, indices, args.skip_bad_images)
-        if args.augment == "batch" and start < stop:       # small images that come at their size fit into memory
+        small = len(indices) * 4 * args.image_size ** 2 < 2 ** 30          # bytes: PIL takes four a pixel
+        if args.augment == "batch" and small and start < stop:  # images that come at their size are kept, decoded
             if samples.read(0, indices[0])[0].size == (args.image_size, args.image_size):
                 samples.hold()
         self.loader, self.transform, self.device = make_loader(samples, self.batches, args.workers, collate), transform, device

@@ -311,8 +311,9 @@ def main(args):
     done = start
     if pending:                                                     # the run was stopped before it was evaluated
         best = runtime.checkpoint(args, done, steps, epoch_steps, 0, modules, optimizer, model_args, validate, best)
-    batches, clock, seen, sums = iter(loader), time.time(), 0, {}
+    batches, spent, seen, sums = iter(loader), 0.0, 0, {}
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=None if runtime.rank() == 0 else True):
+        begun = time.time()
         lr = schedule(step, steps, args.warmup_steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -332,10 +333,11 @@ def main(args):
         optimizer.zero_grad()
 
         sums, seen, done = {k: sums.get(k, 0.0) + v for k, v in terms.items()}, seen + 1, step + 1
+        spent += time.time() - begun                                # without evaluations and checkpoints
         if done % args.log_every == 0 or done == steps:
             runtime.log(args, step=done, epoch=done / epoch_steps, **{k: v / seen for k, v in sums.items()}, lr=lr,
-                        images_per_s=seen * args.batch_size / (time.time() - clock))
-            clock, seen, sums = time.time(), 0, {}
+                        images_per_s=seen * args.batch_size / spent)
+            spent, seen, sums = 0.0, 0, {}
         best = runtime.checkpoint(args, done, steps, epoch_steps, stopped, modules, optimizer, model_args, validate, best)
 
 

@@ -296,12 +296,13 @@ def param_groups(model, weight_decay, layer_decay=1.0, vit=""):
     return list(groups.values())
 
 
-def load(path):
+def load(path, stages=("teacher", "tokenizer", "pretrain", "finetune")):
     """The network of a run or checkpoint, ready to use: a VQTokenizer of tokenizer.py's, a VisionTransformer of
-    teacher.py's, pretrain.py's and finetune.py's → in eval mode, on the CPU, with .preprocess: PIL image → (3, H, W)."""
+    teacher.py's, pretrain.py's and finetune.py's → in eval mode, on the CPU, with .preprocess: PIL image → (3, H, W).
+    Raises InputError where it is of none of these stages."""
     from data import eval_transform                                                 # for users alone: no stage comes here
 
-    state = load_checkpoint(path, ["teacher", "tokenizer", "pretrain", "finetune"])
+    state = load_checkpoint(path, stages)
     model = (VQTokenizer if state["stage"] == "tokenizer" else VisionTransformer)(**state["model_args"])
     model.load_state_dict(trained_weights(state))
     model.preprocess = eval_transform(model.image_size, state["args"].get("eval_crop", 0.875))

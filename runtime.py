@@ -56,7 +56,7 @@ def launch(main, args):
         if not isinstance(error, MemoryError) and not any(text in why for text in MEMORY):
             raise
         print(f"{args.stage}.py: out of memory ({why}); the last checkpoint is intact: take --checkpoint-activations, or raise "
-              "--accumulate or lower --batch-size with --resume force", file=sys.stderr)
+              "--accumulate with --resume force", file=sys.stderr)
         sys.exit(4)
     finally:                                               # a loader's workers ignore SIGTERM: an error would wait for them
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -263,9 +263,9 @@ def checkpoint(args, step, steps, epoch_steps, stopped, modules, optimizer, mode
     """At the end of an epoch that is due (--save-every), of the run, or on a signal: write step-N.pt in args.output.
 
     The last two are kept, and best.pt where evaluate(), higher is better, exceeds `best`; returns the new
-    best. modules: {"model": …, and what else is trained}, unwrapped. The random state is (seed, step, epoch):
-    every draw of a run is seeded by them. Raises InputError where it cannot be written; exits with status
-    128 + signal after a signal's checkpoint.
+    best. modules: {"model": …, and what else is trained}, unwrapped. There is no random state: every draw of a run is
+    seeded by (seed, epoch, index) or (seed, step, rank). Raises InputError where it cannot be written; exits with
+    status 128 + signal after a signal's checkpoint.
     """
     due = step == steps or step % (epoch_steps * args.save_every) == 0
     if not due and not stopped:
@@ -273,10 +273,8 @@ def checkpoint(args, step, steps, epoch_steps, stopped, modules, optimizer, mode
 
     def save(name, evaluated):
         if rank() == 0:
-            epoch = step // epoch_steps
-            state = dict(stage=args.stage, step=step, epoch=epoch, best=best, evaluated=evaluated, args=vars(args),
-                         model_args=model_args, random=dict(seed=args.seed, step=step, epoch=epoch),
-                         optimizer=optimizer.state_dict(), **{key: module.state_dict() for key, module in modules.items()})
+            state = dict(stage=args.stage, step=step, epoch=step // epoch_steps, best=best, evaluated=evaluated, args=vars(args),
+                         model_args=model_args, optimizer=optimizer.state_dict(), **{key: module.state_dict() for key, module in modules.items()})
             state["digest"] = digest(state)
             write_atomically(Path(args.output, name), state)
 
@@ -361,10 +359,10 @@ def resume(args, modules, optimizer):
         state = load_checkpoint(folder)
         now, then = vars(args), state["args"]
         changed = [k for k in sorted(now.keys() | then.keys()) if k not in FREE and now.get(k) != then.get(k)]
-        if changed and args.resume != "force":
+        if changed and (args.resume != "force" or "batch_size" in changed):  # steps count batches: it would change the epoch
             raise InputError(f"--output {folder} holds a run with other arguments ("
                              + ", ".join(f"{k}: {then.get(k)}, now {now.get(k)}" for k in changed)
-                             + "): choose another --output, or --resume force")
+                             + "): choose another --output" + ", or --resume force" * ("batch_size" not in changed))
         names, own_names = ([group["param_names"] for group in saved["param_groups"]]
                             for saved in (state["optimizer"], optimizer.state_dict()))
         if names != own_names or not modules.keys() <= state.keys():  # the optimizer's state loads by position

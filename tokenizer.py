@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import data
 import runtime
-from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, PerceptualLoss, VisionTransformer, VQTokenizer, bare
+from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, PerceptualLoss, VisionTransformer, VQTokenizer, bare, trained_weights
 
 RECIPES = {
     "paper": dict(                                                  # PeCo, as recalled, unless marked
@@ -95,7 +95,7 @@ def perceptual_network(source):
             if state["stage"] not in ("teacher", "finetune"):
                 raise runtime.InputError(f"--perceptual {source}: a checkpoint of {state['stage']}, expected one of teacher or finetune")
             network = VisionTransformer(**state["model_args"])
-            network.load_state_dict(state["model"])
+            network.load_state_dict(trained_weights(state))
             return network, state["digest"]
     state = bare(state.get("state_dict", state))                    # of MoCo v3's the encoder alone
     if "pos_embed" in state:
@@ -208,8 +208,9 @@ def main(args):
     done = start
     if pending:                                                     # the run was stopped before it was evaluated
         best = runtime.checkpoint(args, done, steps, epoch_steps, 0, modules, optimizer, model_args, validate, best)
-    batches, clock, seen, sums = iter(loader), time.time(), 0, {}
+    batches, spent, seen, sums = iter(loader), 0.0, 0, {}
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=None if runtime.rank() == 0 else True):
+        begun = time.time()
         lr = runtime.cosine(step, steps, args.warmup_steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -248,10 +249,11 @@ def main(args):
         tokenizer.quantizer.update(generator)
 
         sums, seen, done = {k: sums.get(k, 0.0) + v for k, v in logged.items()}, seen + 1, step + 1
+        spent += time.time() - begun                                # without evaluations and checkpoints
         if done % args.log_every == 0 or done == steps:
             runtime.log(args, step=done, epoch=done / epoch_steps, **{k: v / seen for k, v in sums.items()}, lr=lr,
-                        images_per_s=seen * args.batch_size / (time.time() - clock))
-            clock, seen, sums = time.time(), 0, {}
+                        images_per_s=seen * args.batch_size / spent)
+            spent, seen, sums = 0.0, 0, {}
         best = runtime.checkpoint(args, done, steps, epoch_steps, stopped, modules, optimizer, model_args, validate, best)
 
 

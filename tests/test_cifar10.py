@@ -157,7 +157,7 @@ def test_codewords_of_known_meaning(blank, folder, monkeypatch):
             (folder / "shades" / split / str(shade)).mkdir(parents=True)
             for i in range(4):
                 Image.new("RGB", (32, 32), (round(shade / 9 * 255),) * 3).save(folder / "shades" / split / str(shade) / f"{i}.png")
-    monkeypatch.setattr(codewords, "load", lambda kind, path, stage: Shades(blank))
+    monkeypatch.setattr(codewords, "load", lambda path, stages: Shades(blank))
     monkeypatch.setattr(codewords.stage, "perceptual_network", lambda path: (None, None))
     monkeypatch.setattr(codewords, "PerceptualLoss", lambda network: torch.nn.MSELoss())
     codewords.main(codewords.get_args([str(folder), "--recipe", "cifar-cpu", "--data", "shades", "--classifier", "any", "--workers", "0"]))

@@ -9,11 +9,13 @@ All rows take turns, --repeats times; each figure is the median over the turns, 
 of the same turn: on a shared machine the ratio wobbles less. FLOPs are the model's: forward and twice that backward.
 """
 import argparse
+import atexit
 import contextlib
 import json
 import math
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -190,6 +192,7 @@ class Bench:
     def end_to_end(self):
         """pretrain.py on real files, a tokenizer of the paper's size that is not trained."""
         folder = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, folder)
         network = VQTokenizer(channels=CODES["channels"])
         nn.init.normal_(network.quantizer.codebook)
         state = dict(stage="tokenizer", step=0, model=network.state_dict(), model_args=dict(channels=CODES["channels"]))
@@ -203,6 +206,7 @@ class Bench:
             with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
                 pretrain.main(pretrain.get_args(flags))
             rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+            shutil.rmtree(output)
             return self.batch / rows[-1]["images_per_s"]    # seconds a step, of the last two
         return run, 0, 0
 
@@ -260,7 +264,7 @@ class Bench:
                      "peer: vector-quantize-pytorch": self.vector_quantize}
             if self.args.data:
                 rows["peer: PIL and torchvision v2, 32 files"] = self.torchvision_pipeline
-        return {name: maker for name, maker in rows.items() if not self.args.only or self.args.only in name}
+        return {name: maker for name, maker in rows.items() if not self.args.only or (self.args.only == name if self.args.memory else self.args.only in name)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -287,7 +291,7 @@ def limits(bench, size=None):
 
 def peak(args, name):
     """GiB of a process that does nothing but this row."""
-    command = [sys.executable, "-m", "tools.bench", "--only", name, "--memory", *sys.argv[1:]]
+    command = [sys.executable, "-m", "tools.bench", *sys.argv[1:], "--only", name, "--memory"]
     done = subprocess.run(command, capture_output=True, text=True)
     return float(done.stdout.split()[-1]) if done.returncode == 0 else math.nan
 
@@ -300,7 +304,7 @@ def main(argv=None):
     p.add_argument("--data", help="ImageFolder of photographs: also the input pipeline and pretrain.py end to end")
     p.add_argument("--peers", action="store_true", help="also what one would use instead")
     p.add_argument("--only", help="rows whose name has this in it")
-    p.add_argument("--memory", action="store_true", help="run each row twice and print the process's peak, GiB")
+    p.add_argument("--memory", action="store_true", help="run the row --only twice and print the process's peak, GiB")
     args = p.parse_args(argv)
     bench, functions = Bench(args), {}
     for name, make in bench.rows().items():

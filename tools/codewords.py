@@ -15,7 +15,7 @@ import data
 import finetune
 import runtime
 import tokenizer as stage
-from model import PerceptualLoss, VisionTransformer, VQTokenizer
+from model import PerceptualLoss, load
 
 
 def get_args(argv=None):
@@ -32,13 +32,6 @@ def get_args(argv=None):
     args.data, args.image_size, args.eval_crop = args.data or recipe["data"], recipe["image_size"], recipe["eval_crop"]
     args.perceptual = args.perceptual or recipe["perceptual"].replace("RECIPE", args.recipe)
     return args
-
-
-def load(kind, path, stage):
-    state = runtime.load_checkpoint(path, [stage])
-    network = kind(**state["model_args"])
-    network.load_state_dict(state["model"])
-    return network.eval().requires_grad_(False).to(runtime.device())
 
 
 def histograms(codes, size):
@@ -70,8 +63,8 @@ def measure(args, tokenizer, classifier, perceptual, split):
 
 
 def main(args):
-    tokenizer = load(VQTokenizer, args.tokenizer, "tokenizer")
-    classifier = load(VisionTransformer, args.classifier, "finetune")
+    tokenizer, classifier = (load(path, [of]).to(runtime.device()) for path, of in
+                             ((args.tokenizer, "tokenizer"), (args.classifier, "finetune")))
     perceptual = PerceptualLoss(stage.perceptual_network(args.perceptual)[0]).to(runtime.device())
     train, labels, _ = measure(args, tokenizer, classifier, perceptual, "train")
     val, targets, row = measure(args, tokenizer, classifier, perceptual, "val")
