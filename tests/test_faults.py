@@ -94,16 +94,16 @@ def steps_done(folder):
 
 
 def kill_and_go_on(stage, chain, kills, workers):
-    """Each kill comes at a random moment within four steps after a random one, so that it may fall before, in or after a
-    checkpoint, which is written every four; the run is so long that it is never over before the last kill."""
-    steps, rng, at = 4 * kills + 6, random.Random(0), []
+    """Each kill comes at a random moment within the next six steps, so that it may fall before, in or after a checkpoint,
+    which is written every four; the run is so long that it is never over before the last kill."""
+    steps, rng, at = 5 * kills + 10, random.Random(0), []
     also = dict(tokenizer=["--adversarial-weight", "0.1"], finetune=["--ema-decay", "0.9"]).get(stage, [])     # more to be kept
     flags = [*chain.inputs[stage], *also, "--steps", str(steps), "--workers", str(workers)]
     with forked(faulty.main, stage, ["record=whole.rec"], [*flags, "--output", "whole"]) as pid:
         assert wait(pid, 600) == 0, Path("output.txt").read_text()[-2000:]
     for _ in range(kills):
         with forked(faulty.main, stage, ["record=killed.rec"], [*flags, "--output", "killed"]) as pid:
-            target, deadline = steps_done("killed.rec") + rng.randrange(5), time.time() + 120
+            target, deadline = steps_done("killed.rec") + rng.randrange(7), time.time() + 120
             while steps_done("killed.rec") < target:
                 assert time.time() < deadline, Path("output.txt").read_text()[-2000:]
                 time.sleep(0.002)

@@ -11,6 +11,7 @@ of the same turn: on a shared machine the ratio wobbles less. FLOPs are the mode
 import argparse
 import atexit
 import contextlib
+import io
 import json
 import math
 import platform
@@ -203,7 +204,7 @@ class Bench:
             output = folder / f"run-{time.time()}"
             flags = ["--data", self.args.data, "--tokenizer", str(folder / "tokenizer.pt"), "--output", str(output), "--batch-size",
                      str(self.batch), "--steps", "4", "--log-every", "2", "--amp", self.args.amp]
-            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):  # tqdm needs a file
                 pretrain.main(pretrain.get_args(flags))
             rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
             shutil.rmtree(output)
@@ -335,7 +336,7 @@ def main(argv=None):
     print("| | ms | images/s | share of the floor | peak GiB |\n| --- | --- | --- | --- | --- |")
     for name in functions:
         share, middle = statistics.median(floors[name]), statistics.median(times[name])
-        images = 32 if "32 files" in name else 16 if "3,136" in name else args.batch_size
+        images = 32 if "32 files" in name else 16 if "quantize" in name else args.batch_size
         print(f"| {name} | {1000 * middle:.4g} | {images / middle:.4g} | {f'{share:.0%}' if share else ''} | {peak(args, name):.2f} |")
 
 
