@@ -4,6 +4,7 @@ Every image comes out as float32 (3, H, W) with pixels in [-1, 1]. All randomnes
 augmentation and its mask, is seeded by (seed, epoch, index): it depends neither on the number of
 workers or ranks, nor on where a run was stopped and resumed.
 """
+import colorsys
 import math
 import os
 import random
@@ -226,6 +227,12 @@ def synthetic_number(name, split):
     """Images of --data synthetic[:IMAGES]; a fifth as many for validation."""
     number = int(name.partition(":")[2] or 10_000)
     return number if split == "train" else max(number // 5, 100)
+
+
+def palette(number):
+    """Colours for masks in pictures, neighbours far apart (torchvision's own begin with black)."""
+    hues = [colorsys.hsv_to_rgb(0.618 * i % 1, 0.9, 1.0) for i in range(number)]
+    return [tuple(round(255 * part) for part in hue) for hue in hues]
 
 
 def subfolder(root, *parts):

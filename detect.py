@@ -243,9 +243,9 @@ def draw(image, detections, target, classes, path):
     kept = {key: value.cpu()[detections["scores"].cpu() >= 0.5] for key, value in detections.items()}
     kept["masks"] = kept["masks"][:, 0] >= 0.5
     for one in (kept, target):
-        painted = draw_segmentation_masks(image, one["masks"].bool(), alpha=0.5) if len(one["masks"]) else image
-        names = [classes[label - 1] for label in one["labels"].tolist()]
-        parts.append(draw_bounding_boxes(painted, one["boxes"], names) if names else painted)
+        names, colours = [classes[label - 1] for label in one["labels"].tolist()], data.palette(len(one["labels"]))
+        painted = draw_segmentation_masks(image, one["masks"].bool(), alpha=0.5, colors=colours) if names else image
+        parts.append(draw_bounding_boxes(painted, one["boxes"], names, colours) if names else painted)
     save_image(torch.cat(parts, 2) / 255, path)
 
 

@@ -249,7 +249,8 @@ def draw(images, labels, predicted, classes, path):
     """Image, truth and prediction side by side."""
     image = ((resize(images, labels.shape[1:])[0] + 1) * 127.5).clamp(0, 255).byte().cpu()
     numbers = torch.arange(1, classes + 1)[:, None, None]
-    painted = [draw_segmentation_masks(image, one.cpu() == numbers, alpha=0.6) for one in (labels[0], predicted[0])]
+    painted = [draw_segmentation_masks(image, one.cpu() == numbers, alpha=0.6, colors=data.palette(classes))
+               for one in (labels[0], predicted[0])]
     save_image(torch.cat([image, *painted], 2) / 255, path)
 
 
