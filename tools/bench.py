@@ -265,7 +265,7 @@ class Bench:
                      "peer: vector-quantize-pytorch": self.vector_quantize}
             if self.args.data:
                 rows["peer: PIL and torchvision v2, 32 files"] = self.torchvision_pipeline
-        return {name: maker for name, maker in rows.items() if not self.args.only or (self.args.only == name if self.args.memory else self.args.only in name)}
+        return {name: maker for name, maker in rows.items() if not self.args.only or (self.args.only in name if self.args.repeats else self.args.only == name)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def limits(bench, size=None):
 
 def peak(args, name):
     """GiB of a process that does nothing but this row."""
-    command = [sys.executable, "-m", "tools.bench", *sys.argv[1:], "--only", name, "--memory"]
+    command = [sys.executable, "-m", "tools.bench", *sys.argv[1:], "--only", name, "--repeats", "0"]
     done = subprocess.run(command, capture_output=True, text=True)
     return float(done.stdout.split()[-1]) if done.returncode == 0 else math.nan
 
@@ -301,11 +301,11 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("--batch-size", type=int, default=256 if torch.cuda.is_available() else 8)
     p.add_argument("--amp", choices=["fp32", "bf16"], default="bf16" if torch.cuda.is_available() else "fp32")
-    p.add_argument("--repeats", type=int, default=7)
+    p.add_argument("--repeats", type=int, default=7, help="0: only print the peak memory of the row --only, in GiB")
     p.add_argument("--data", help="ImageFolder of photographs: also the input pipeline and pretrain.py end to end")
     p.add_argument("--peers", action="store_true", help="also what one would use instead")
     p.add_argument("--only", help="rows whose name has this in it")
-    p.add_argument("--memory", action="store_true", help="run the row --only twice and print the process's peak, GiB")
+    p.add_argument("--memory", action="store_true", help="also each row's peak memory, in a process of its own")
     args = p.parse_args(argv)
     bench, functions = Bench(args), {}
     for name, make in bench.rows().items():
@@ -313,7 +313,7 @@ def main(argv=None):
             functions[name] = make()
         except ImportError as error:
             print(f"{name}: {error.name} is not installed", file=sys.stderr)
-    if args.memory:
+    if not args.repeats:
         for function, _, _ in functions.values():
             function(), function()
         used = torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -333,11 +333,12 @@ def main(argv=None):
     rate, bandwidth = (statistics.median(values) for values in zip(*rates))
     print(f"{runtime.hardware()}, PyTorch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads, "
           f"batch {args.batch_size}, {args.amp}: matrix product {rate / 1e12:.3g} TFLOP/s, copy {bandwidth / 1e9:.3g} GB/s\n")
-    print("| | ms | images/s | share of the floor | peak GiB |\n| --- | --- | --- | --- | --- |")
+    print(f"| | ms | images/s | share of the floor |{' peak GiB |' * args.memory}\n| --- | --- | --- | --- |{' --- |' * args.memory}")
     for name in functions:
         share, middle = statistics.median(floors[name]), statistics.median(times[name])
         images = 32 if "32 files" in name else 16 if "quantize" in name else args.batch_size
-        print(f"| {name} | {1000 * middle:.4g} | {images / middle:.4g} | {f'{share:.0%}' if share else ''} | {peak(args, name):.2f} |")
+        print(f"| {name} | {1000 * middle:.4g} | {images / middle:.4g} | {f'{share:.0%}' if share else ''} |"
+              + (f" {peak(args, name):.2f} |" if args.memory else ""), flush=True)
 
 
 if __name__ == "__main__":
