@@ -323,13 +323,14 @@ def main(argv=None):
     floors = {name: [] for name in functions}
     rates = []
     for turn in range(args.repeats + 1):                   # the first one warms up
-        for name, (function, operations, size) in functions.items():
-            rate, bandwidth = work / seconds(product, bench.device), moved / seconds(copy, bench.device)
+        for name, (function, operations, traffic) in functions.items():
+            rate, bandwidth = (size / statistics.median(seconds(f, bench.device) for _ in range(5))
+                               for f, size in ((product, work), (copy, moved)))
             taken = seconds(function, bench.device)
             if turn:
                 rates.append((rate, bandwidth))
                 times[name].append(taken)
-                floors[name].append((operations / rate + size / bandwidth) / taken)
+                floors[name].append((operations / rate + traffic / bandwidth) / taken)
     rate, bandwidth = (statistics.median(values) for values in zip(*rates))
     print(f"{runtime.hardware()}, PyTorch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads, "
           f"batch {args.batch_size}, {args.amp}: matrix product {rate / 1e12:.3g} TFLOP/s, copy {bandwidth / 1e9:.3g} GB/s\n")
