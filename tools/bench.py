@@ -15,7 +15,6 @@ import io
 import json
 import math
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -316,7 +315,8 @@ def main(argv=None):
     if not args.repeats:
         for function, _, _ in functions.values():
             function(), function()
-        used = torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        used = (torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else   # ru_maxrss would begin at the parent's
+                1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]))
         return print(used / 2 ** 30)
     (product, work), (copy, moved) = limits(bench)
     times = {name: [] for name in functions}
