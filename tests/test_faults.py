@@ -415,10 +415,11 @@ def bad_image(path, how):
         path.write_text("not an image")
 
 
+@pytest.mark.parametrize("form", ["image", "batch"])
 @pytest.mark.parametrize("how", ["truncated", "empty", "text"])
-def test_an_unreadable_image_is_named_or_skipped(how, folder, capsys):
+def test_an_unreadable_image_is_named_or_skipped(how, form, folder, capsys):
     bad_image(make_folder(folder / "set", images=10) / "train" / "bee" / "0.jpg", how)
-    flags = ["--data", "set", "--batch-size", "8", "--steps", "4"]
+    flags = ["--data", "set", "--batch-size", "8", "--steps", "4", "--augment", form]
     assert "set/train/bee/0.jpg: not a readable image" in fails(capsys, "teacher", *flags, "--output", "run")
     for output, workers in (("run", "0"), ("again", "2")):
         run("teacher", *flags, "--skip-bad-images", "1", "--output", output, "--workers", workers)
