@@ -6,7 +6,7 @@ copy, both measured in the same run.
     python -m tools.bench --data data/imagenet     # the input pipeline, and pretrain.py end to end, on real files
 
 All rows take turns, --repeats times; each figure is the median over the turns, of the time and of its ratio to the floor
-of the same turn: on a shared machine the ratio wobbles less. FLOPs are the model's: forward and twice that backward.
+measured right before and after it: on a shared machine the ratio wobbles less. FLOPs are the model's: forward and twice that backward.
 """
 import argparse
 import atexit
@@ -280,13 +280,14 @@ def seconds(function, device):
     return own if isinstance(own, float) else time.perf_counter() - begun
 
 
-def limits(bench, size=None):
-    """(FLOP/s of a square matrix product in the run's precision, bytes/s of a copy), functions to time and their work."""
-    size = size or (8192 if bench.device.type == "cuda" else 2048)
+def limits(bench):
+    """A function that measures (FLOP/s of a square matrix product in the run's precision, bytes/s of a copy)."""
+    size = 8192 if bench.device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=bench.device, dtype=bench.dtype) for _ in range(2))
     source = torch.randn(64 * 2 ** 20, device=bench.device)
     target = torch.empty_like(source)
-    return (lambda: a @ b, 2 * size ** 3), (lambda: target.copy_(source), 2 * source.nbytes)
+    works = (lambda: a @ b, 2 * size ** 3), (lambda: target.copy_(source), 2 * source.nbytes)
+    return lambda: [work / statistics.median(seconds(f, bench.device) for _ in range(5)) for f, work in works]
 
 
 def peak(args, name):
@@ -318,15 +319,16 @@ def main(argv=None):
         used = (torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else   # ru_maxrss would begin at the parent's
                 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]))
         return print(used / 2 ** 30)
-    (product, work), (copy, moved) = limits(bench)
+    measured = limits(bench)
     times = {name: [] for name in functions}
     floors = {name: [] for name in functions}
     rates = []
     for turn in range(args.repeats + 1):                   # the first one warms up
+        before = measured()
         for name, (function, operations, traffic) in functions.items():
-            rate, bandwidth = (size / statistics.median(seconds(f, bench.device) for _ in range(5))
-                               for f, size in ((product, work), (copy, moved)))
-            taken = seconds(function, bench.device)
+            taken, after = seconds(function, bench.device), measured()
+            rate, bandwidth = map(statistics.mean, zip(before, after))
+            before = after
             if turn:
                 rates.append((rate, bandwidth))
                 times[name].append(taken)
