@@ -503,7 +503,7 @@ class Quantizer(nn.Module):
     def nearest(self, z):
         """argmin_k ‖z − e_k‖² for rows z (R, D) → (R,); in blocks, so that no R × K matrix is held."""
         norms = self.codebook.square().sum(1)                                       # ‖e‖² (‖z‖² is the same for all k)
-        return torch.cat([(norms - 2 * rows @ self.codebook.T).argmin(1) for rows in z.split(4096)])
+        return torch.cat([torch.addmm(norms, rows, self.codebook.T, alpha=-2).min(1).indices for rows in z.split(1024)])
 
     def forward(self, z_e):
         """z_e (B, D, h, w) → z_q (straight-through), codes (B, h, w), ‖z_e − sg[e]‖² averaged."""

@@ -76,7 +76,7 @@ def test_nearest_neighbour():
     assert torch.allclose(z_q, q.codebook[codes].permute(0, 3, 1, 2))
 
 
-@pytest.mark.parametrize("rows", [1, 4095, 4096, 4097, 9000])
+@pytest.mark.parametrize("rows", [1, 1023, 1024, 1025, 9000])
 def test_nearest_neighbour_is_the_same_in_blocks(rows):
     q, z = quantizer(size=40, dim=5), torch.randn(rows, 5, generator=seeded(3)).double()
     distances = (z[:, None] - q.codebook).square().sum(2)           # the full matrix
