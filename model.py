@@ -67,7 +67,7 @@ def position_bias(table, h, w, index):
     """A table's biases for the logits of h × w patches, by relative_position_index(h, w) → (1, heads, 1+N, 1+N)."""
     if h != w or len(table) != (2 * h - 1) ** 2 + 3:
         table = resize_bias_table(table, h, w)
-    return table[index].permute(2, 0, 1).unsqueeze(0)
+    return table[index].permute(2, 0, 1).contiguous().unsqueeze(0)                   # fused kernels want rows of it
 
 
 class RelativePositionBias(nn.Module):
@@ -382,17 +382,18 @@ def load_backbone(model, state):
     return missing
 
 
+@torch.compiler.disable                                    # it would trace the bisection below
 def resize_bias_table(table, h, w):
     """A square grid's bias table, of (2g − 1)² + 3 rows, for h × w patches; the three rows of the class token stay."""
     side = math.isqrt(len(table) - 3)                                               # 2g − 1
     image = table[:-3].float().T.unflatten(1, (side, side))                         # (heads, 2g−1, 2g−1)
-    down, across = (offset_weights((side + 1) // 2, n).to(image) for n in (h, w))
+    down, across = (offset_weights((side + 1) // 2, n, image.device) for n in (h, w))
     image = down @ image @ across.T                                                 # (heads, 2h−1, 2w−1)
     return torch.cat([image.flatten(1).T.to(table.dtype), table[-3:]])
 
 
 @functools.lru_cache
-def offset_weights(old, new):
+def offset_weights(old, new, device=None):
     """Linear interpolation from the offsets −(old−1)…old−1 to −(new−1)…new−1 → (2·new − 1, 2·old − 1).
 
     As in BEiT the old offsets lie at 1, 1+q, 1+q+q², … on either side, with the q ≥ 1 that brings the farthest to the
@@ -406,7 +407,7 @@ def offset_weights(old, new):
     right = np.cumsum([low ** i for i in range(old - 1)])
     places = np.concatenate([-right[::-1], [0.0], right])
     targets = np.arange(1 - new, new)
-    return torch.from_numpy(np.stack([np.interp(targets, places, row) for row in np.eye(2 * old - 1)], 1)).float()
+    return torch.from_numpy(np.stack([np.interp(targets, places, row) for row in np.eye(2 * old - 1)], 1)).float().to(device)
 
 
 def resize_positions(embedding, h, w):

@@ -114,7 +114,8 @@ class MoCo(nn.Module):
             gathered = [torch.empty_like(k) for _ in range(dist.get_world_size())]
             dist.all_gather(gathered, k)
             keys = torch.cat(gathered)                                              # of all ranks
-        logits = q @ keys.T / self.temperature
+        with torch.autocast(q.device.type, enabled=False):                          # in bf16 near keys would tie
+            logits = q @ keys.T / self.temperature
         labels = torch.arange(len(q), device=q.device) + len(q) * runtime.rank()
         hits = (logits.argmax(1) == labels).float().mean()
         return F.cross_entropy(logits, labels) * 2 * self.temperature, hits

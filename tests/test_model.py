@@ -2,6 +2,7 @@
 import copy
 import math
 import random
+import time
 
 import numpy as np
 import pytest
@@ -501,6 +502,24 @@ def test_relative_position_bias_looks_up_the_table():
 
 def table(grid, heads=2):
     return torch.randn((2 * grid - 1) ** 2 + 3, heads, generator=seeded())
+
+
+@pytest.mark.parametrize("size", [(16, 16), (12, 20)])
+def test_fused_attention_can_take_the_bias(size, monkeypatch):
+    """A GPU's fused kernels refuse a mask whose last dimension is not the closest in memory, or of another dtype."""
+    seen, plain = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask: seen.append((q, attn_mask)) or plain(q, k, v, attn_mask))
+    for positions in ("shared", "block"):
+        with torch.autocast("cpu", torch.bfloat16):
+            tiny_vit(positions=positions)(pixels(2, 3, *size))
+    assert len(seen) >= 4 and all(bias.stride(-1) == 1 and bias.dtype == q.dtype == torch.bfloat16 for q, bias in seen)
+
+
+def test_another_image_size_compiles():
+    """Without the search for its positions, which takes Dynamo minutes to trace."""
+    model, images, begun = tiny_vit().eval(), pixels(1, 3, 64, 96), time.time()
+    assert torch.allclose(torch.compile(model, backend="eager")(images), model(images), atol=1e-6)
+    assert time.time() - begun < 40
 
 
 def test_position_bias_interpolation():

@@ -299,7 +299,7 @@ def peak(args, name):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--batch-size", type=int, default=256 if torch.cuda.is_available() else 8)
+    p.add_argument("--batch-size", type=int, default=64 if torch.cuda.is_available() else 8)
     p.add_argument("--amp", choices=["fp32", "bf16"], default="bf16" if torch.cuda.is_available() else "fp32")
     p.add_argument("--repeats", type=int, default=7, help="0: only print the peak memory of the row --only, in GiB")
     p.add_argument("--data", help="ImageFolder of photographs: also the input pipeline and pretrain.py end to end")
@@ -337,7 +337,11 @@ def main(argv=None):
     print(f"{runtime.hardware()}, PyTorch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads, "
           f"batch {args.batch_size}, {args.amp}: matrix product {rate / 1e12:.3g} TFLOP/s, copy {bandwidth / 1e9:.3g} GB/s\n")
     print(f"| | ms | images/s | share of the floor |{' peak GiB |' * args.memory}\n| --- | --- | --- | --- |{' --- |' * args.memory}")
-    for name in functions:
+    names = list(functions)
+    functions.clear()                                      # --memory: the rows' own processes need the room
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+    for name in names:
         share, middle = statistics.median(floors[name]), statistics.median(times[name])
         images = 32 if "32 files" in name else 16 if "quantize" in name else args.batch_size
         print(f"| {name} | {1000 * middle:.4g} | {images / middle:.4g} | {f'{share:.0%}' if share else ''} |"
