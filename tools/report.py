@@ -40,7 +40,7 @@ svg { width: 100%; height: auto; display: block } svg text { fill: var(--soft); 
 svg .axis { stroke: var(--line) } svg polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round }
 .pictures img { width: 100%; height: auto; image-rendering: pixelated; border-radius: .25rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9em } td, th { text-align: left; padding: .15rem .8rem .15rem 0;
-border-bottom: 1px solid var(--line); overflow-wrap: anywhere; vertical-align: top } td:first-child { white-space: nowrap } tr.differs td { font-weight: 600 }
+border-bottom: 1px solid var(--line); overflow-wrap: anywhere; min-width: 7rem; vertical-align: top } td:first-child { white-space: nowrap } tr.differs td { font-weight: 600 }
 """
 
 
@@ -68,7 +68,9 @@ class Run:
 
 
 def number(value):
-    return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.1e}"
+    if 1e3 <= abs(value) < 1e5:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e3 else f"{value:.1e}"
 
 
 def chart(name, lines):
@@ -152,10 +154,11 @@ def pictures(runs):
 
 
 def arguments(runs):
-    rows = []
+    """What each run was given; blank where its stage has no such argument. An evaluation alone writes none down."""
+    runs, rows = [run for run in runs if run.args], []
     for key in sorted({key for run in runs for key in run.args}):
-        values = [json.dumps(run.args.get(key)) for run in runs]
-        rows.append((len(set(values)) == 1, key, values))
+        values = [json.dumps(run.args[key]) if key in run.args else "" for run in runs]
+        rows.append((len(set(values) - {""}) == 1, key, values))
     rows.sort(key=lambda row: row[0])                      # what differs comes first
     head = "".join(f"<th>{html.escape(str(run.folder))}</th>" for run in runs)
     body = "".join(f'<tr{"" if alike else " class=differs"}><td>{key}</td>' + "".join(f"<td>{html.escape(v)}</td>" for v in values) + "</tr>"
