@@ -126,8 +126,8 @@ def solarize(p):
 
 
 def rand_augment(magnitude):
-    """RandAugment of two ops at a magnitude of 30; the images that drew the same op go through torchvision's function
-    together. Shears are about the centre; bilinear, for tensors torchvision has no bicubic."""
+    """RandAugment of two ops, each taken with probability ½, at a magnitude of 30; the images that drew the same op go
+    through torchvision's function together. Shears are about the centre; bilinear, for tensors torchvision has no bicubic."""
     m = magnitude / 30
 
     def affine(angle=0.0, translate=(0, 0), shear=(0.0, 0.0)):
@@ -143,13 +143,13 @@ def rand_augment(magnitude):
 
     def step(x, *draws):
         functions = table(1, x.shape[-1]) + table(-1, x.shape[-1])
-        for op, sign in (draws[:2], draws[2:]):
-            which = (op * 14).long() + 14 * (sign >= 0.5)                           # (B,)
+        for chosen, op, sign in (draws[:3], draws[3:]):
+            which = (op * 14).long() * (chosen < 0.5) + 14 * (sign >= 0.5)          # (B,); 0: the image as it is
             order, counts = which.argsort(), which.bincount(minlength=28).tolist()
             groups = zip(functions, x[order].split(counts))
             x = torch.cat([function(group) for function, group in groups if len(group)])[order.argsort()]
         return x
-    return 4, step
+    return 6, step
 
 
 def erase(p):

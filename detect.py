@@ -61,13 +61,13 @@ def get_args(argv=None):
                    "--image-size, which is evaluation's, in steps of 32")
     p.data.add_argument("--max-size", type=int, help="largest longer side, pixels")
     p.model.add_argument("--model", choices=SIZES, help="where --init does not say")
-    p.model.add_argument("--patch-size", type=int, help="pixels")
+    p.model.add_argument("--patch-size", type=int, help="pixels; where --init does not say")
     p.schedule.add_argument("--betas", type=float, nargs=2, help="of AdamW")
     p.schedule.add_argument("--weight-decay", type=float)
     p.schedule.add_argument("--layer-decay", type=float, help="the lr of a block is the next one's times this")
     p.schedule.add_argument("--warmup-steps", type=int)
     p.model.add_argument("--drop-path", type=float, help="rate of the last block, rising from 0")
-    p.model.add_argument("--layer-scale", type=float, help="initial value where --init is none; 0: none")
+    p.model.add_argument("--layer-scale", type=float, help="initial value where --init does not say; 0: none")
     p.model.add_argument("--channels", type=int, help="of the feature pyramid and the heads")
     p.model.add_argument("--boxes", type=int, help="sampled of an image in training, to classify")
     p.output.add_argument("--pictures", type=int, default=8, help="validation images that are drawn at each evaluation")
@@ -264,8 +264,8 @@ def evaluate(args, model, dataset, device):
     model.train()
     parts = [results]
     if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, results)
+        parts = [None] * dist.get_world_size() if runtime.rank() == 0 else None
+        dist.gather_object(results, parts)
     row = [None]
     if runtime.rank() == 0:
         row = [average_precision(ground_truth(dataset), [result for part in parts for result in part])]

@@ -53,14 +53,14 @@ def get_args(argv=None):
     p.data.add_argument("--holdout", type=float, default=0.0, help="share of the training images that is kept out of training and "
                    "evaluated in place of val/: to choose arguments by")
     p.model.add_argument("--model", choices=SIZES, help="where --init does not say")
-    p.model.add_argument("--patch-size", type=int, help="pixels")
+    p.model.add_argument("--patch-size", type=int, help="pixels; where --init does not say")
     p.model.add_argument("--pool", choices=["mean", "cls"], help="what is classified: the patches' mean or the class token")
     p.schedule.add_argument("--betas", type=float, nargs=2, help="of AdamW")
     p.schedule.add_argument("--weight-decay", type=float)
     p.schedule.add_argument("--layer-decay", type=float, help="the lr of a block is the next one's times this")
     p.schedule.add_argument("--warmup-epochs", type=float)
     p.model.add_argument("--drop-path", type=float, help="rate of the last block, rising from 0")
-    p.model.add_argument("--layer-scale", type=float, help="initial value where --init is none; 0: none")
+    p.model.add_argument("--layer-scale", type=float, help="initial value where --init does not say; 0: none")
     p.data.add_argument("--crop-min", type=float, help="smallest random crop, share of the image's area")
     p.data.add_argument("--eval-crop", type=float, help="centre crop, share of the side")
     p.data.add_argument("--randaugment", type=int, help="magnitude of 30 (27 is timm's 9 of 10); 0: none")
@@ -145,21 +145,26 @@ def knn(train, train_labels, val, classes, k=20, temperature=0.07):
     return torch.cat(predictions)
 
 
-def linear_probe(train, train_labels, val, classes, steps=2000, batch=1024, lr=1e-2, weight_decay=1e-4):
-    """Predicted classes by a linear layer on standardised features; every constant here is our choice."""
-    mean, std = train.mean(0), train.std(0)
+def linear_probe(train, train_labels, val, classes, features=lambda rows: rows, steps=2000, batch=1024, lr=1e-2, weight_decay=1e-4):
+    """Predicted classes by a linear layer on standardised features; every constant here is our choice. features: makes
+    them of rows of train or val, a block at a time, where all would take too much memory."""
+    sums = squares = 0.0
+    for rows in train.split(batch):
+        x = features(rows).double()
+        sums, squares = sums + x.sum(0), squares + x.square().sum(0)
+    mean = (sums / len(train)).float()
+    std = (squares / len(train) - (sums / len(train)).square()).clamp(min=0).sqrt().float()
     std[std < 1e-6] = math.inf                                      # constant in training: no feature
-    train, val = (train - mean) / std, (val - mean) / std
     torch.manual_seed(0)
-    layer = nn.Linear(train.shape[1], classes).to(train.device)
+    layer = nn.Linear(len(mean), classes).to(train.device)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=lr, weight_decay=weight_decay)
     for step in range(steps):
         rows = torch.randint(len(train), (min(batch, len(train)),)).to(train.device)
         optimizer.param_groups[0]["lr"] = runtime.cosine(step, steps, 0, lr)
-        F.cross_entropy(layer(train[rows]), train_labels[rows]).backward()
+        F.cross_entropy(layer((features(train[rows]) - mean) / std), train_labels[rows]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return layer(val).argmax(1)
+    return torch.cat([layer((features(rows) - mean) / std).argmax(1) for rows in val.split(batch)])
 
 
 def probe(args, model, dataset, indices, val, val_indices, device):
@@ -181,8 +186,10 @@ def main(args):
     model, model_args, args.init_digest = build(args, 0 if args.probe else len(val.classes))
     model.to(device)
     model.checkpoint_activations = args.checkpoint_activations
-    dataset = data.load_dataset(args.data, "train", args.image_size)
-    indices, val_indices = data.label_subset(dataset.targets, args.label_fraction, args.seed), None
+    val_indices = None
+    if args.holdout or not args.eval:
+        dataset = data.load_dataset(args.data, "train", args.image_size)
+        indices = data.label_subset(dataset.targets, args.label_fraction, args.seed)
     if args.holdout:
         val, val_indices = dataset, data.label_subset(dataset.targets, args.holdout, HOLDOUT_SEED)
         indices = sorted(set(indices).difference(val_indices))

@@ -1,6 +1,6 @@
 """What the paper defines: the VQ tokenizer, the perceptual loss, the ViT and block-wise masking.
 
-Nothing here knows of training, files or data sets. "PeCo" is arXiv 2111.12710, "BEiT" 2106.08254,
+Nothing here knows of training or data sets; of files, only `load` does, for users. "PeCo" is arXiv 2111.12710, "BEiT" 2106.08254,
 "MoCo v3" 2104.02057, "VQ-VAE" 1711.00937, "VQGAN" 2012.09841, "LPIPS" 1801.03924; "our choice" marks
 what none of them states.
 
@@ -549,7 +549,8 @@ class Quantizer(nn.Module):
         if dead.any():                                                              # as if used as much as the mean:
             self.sum[dead] = mean * self.draw(vectors, int(dead.sum()), generator)  # the old average would return
             self.count[dead] = mean
-        self.codebook.copy_(self.sum / self.count[:, None])                         # e = m / N
+        used = self.count[:, None] > 1e-30                                          # --revive 0: long unused, N and m end at 0
+        self.codebook.copy_(torch.where(used, self.sum / self.count[:, None], self.codebook))   # e = m / N
 
     def draw(self, vectors, number, generator):
         """The same `number` random rows of all ranks' vectors, different ones if there are as many → (number, D)."""

@@ -55,8 +55,8 @@ def launch(main, args):
         why = (str(error) or type(error).__name__).splitlines()[0]
         if not isinstance(error, MemoryError) and not any(text in why for text in MEMORY):
             raise
-        print(f"{args.stage}.py: out of memory ({why}); the last checkpoint is intact: take --checkpoint-activations, or raise "
-              "--accumulate with --resume force", file=sys.stderr)
+        lower = ["take --checkpoint-activations"] * hasattr(args, "checkpoint_activations") + ["raise --accumulate with --resume force"]
+        print(f"{args.stage}.py: out of memory ({why}); the last checkpoint is intact: {', or '.join(lower)}", file=sys.stderr)
         sys.exit(4)
     finally:                                               # a loader's workers ignore SIGTERM: an error would wait for them
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

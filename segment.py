@@ -44,13 +44,13 @@ def get_args(argv=None):
                    "which overlaps, their logits averaged; whole: the image at once")
     p.data.add_argument("--classes", type=int, help="of a folder; 0 in its annotations is ignored")
     p.model.add_argument("--model", choices=SIZES, help="where --init does not say")
-    p.model.add_argument("--patch-size", type=int, help="pixels")
+    p.model.add_argument("--patch-size", type=int, help="pixels; where --init does not say")
     p.schedule.add_argument("--betas", type=float, nargs=2, help="of AdamW")
     p.schedule.add_argument("--weight-decay", type=float)
     p.schedule.add_argument("--layer-decay", type=float, help="the lr of a block is the next one's times this")
     p.schedule.add_argument("--warmup-steps", type=int)
     p.model.add_argument("--drop-path", type=float, help="rate of the last block, rising from 0")
-    p.model.add_argument("--layer-scale", type=float, help="initial value where --init is none; 0: none")
+    p.model.add_argument("--layer-scale", type=float, help="initial value where --init does not say; 0: none")
     p.schedule.add_argument("--aux-weight", type=float, help="of the auxiliary head's loss")
     p.output.add_argument("--pictures", type=int, default=8, help="validation images that are drawn at each evaluation")
     p.hardware.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
@@ -268,8 +268,9 @@ def evaluate(args, model, dataset, device):
             logits = slide(model, images, args.image_size) if args.eval_mode == "slide" else model(images)
         predicted = resize(logits, labels.shape[1:]).argmax(1) + 1
         confusion += confusion_matrix(predicted, labels, classes)
-        if runtime.rank() == 0 and number < args.pictures:
-            draw(images, labels, predicted, classes, folder / f"picture-{number}.png")
+        index = runtime.rank() + number * runtime.world_size()                      # eval_loader's order
+        if index < args.pictures:
+            draw(images, labels, predicted, classes, folder / f"picture-{index}.png")
     if dist.is_initialized():
         dist.all_reduce(confusion)
     model.train()

@@ -100,13 +100,25 @@ def test_rand_augment_has_torchvisions_ops(x):
                 7: TF.adjust_saturation(x, 1.45), 8: TF.adjust_contrast(x, 1.45), 9: TF.adjust_sharpness(x, 1.45),
                 10: TF.posterize(x, 6), 11: TF.solarize(x, 0.5), 12: TF.autocontrast(x), 13: TF.equalize(x)}
     for op in range(14):
-        out = apply(augment.rand_augment(15), x, (op + 0.5) / 14, 0.4, 0.0, 0.4)
+        out = apply(augment.rand_augment(15), x, 0.4, (op + 0.5) / 14, 0.4, 0.6, 0.9, 0.4)
         assert out.shape == x.shape and torch.equal(out, x) == (op == 0)
         if op in expected:
             assert torch.allclose(out, expected[op], atol=1e-5), op
-    right = apply(augment.rand_augment(30), x, 3.5 / 14, 0.4, 0.0, 0.4)
+    right = apply(augment.rand_augment(30), x, 0.6, 0.9, 0.4, 0.4, 3.5 / 14, 0.4)
     assert torch.allclose(right[:, :, :, 14:], x[:, :, :, :-14], atol=1e-5)         # by 150 / 331 of 32
     assert torch.allclose(right[:, :, :, :14], torch.tensor(0.5), atol=1e-5)
+
+
+def test_rand_augment_takes_each_op_half_of_the_time():
+    """In both forms, as timm's; 13 of 14 ops change the image, some of them back."""
+    x, images = scenes(1).expand(2000, -1, -1, -1) / 255, [data.Synthetic(number=1)[0][0]] * 2000
+    number, step = augment.rand_augment(27)
+    batch = (step(x, *torch.rand(number, 2000, generator=torch.Generator().manual_seed(0))) == x).flatten(1).all(1)
+    torch.manual_seed(0)
+    first, second = data.finetune_transform(SIZE, erasing=0.0).transforms[2:4]
+    alone = torch.tensor([second(first(image)) == image for image in images])
+    for same in (batch, alone):
+        assert 0.25 <= same.float().mean() < 0.36           # neither: a quarter; Identity, and what an op leaves alone
 
 
 def test_erasing_is_a_box_of_one_colour(x):

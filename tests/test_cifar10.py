@@ -127,7 +127,7 @@ def test_mean_and_standard_error():
 
 
 def test_histograms():
-    codes = torch.tensor([[[0, 0], [2, 1]], [[3, 3], [3, 3]]])
+    codes = torch.tensor([[0, 0, 2, 1], [3, 3, 3, 3]])
     assert codewords.histograms(codes, 4).tolist() == [[0.5, 0.25, 0.25, 0], [0, 0, 0, 1]]
 
 

@@ -223,6 +223,9 @@ def test_wrong_folders_are_refused_by_name(folder):
     make_folder(folder / "half", splits=["train"])
     data.load_dataset("half", "train", 16)
     assert "half: it has no val/ folder" in refused("half", "val")
+    make_folder(folder / "other", splits=["val"])           # enough for an evaluation
+    assert data.load_dataset("other", "val", 16).classes == ["ant", "bee"]
+    assert "other: it has no train/ folder" in refused("other", "train")
     make_folder(folder / "two", splits=["train"])
     make_folder(folder / "two", ("ant", "cow"), splits=["val"])
     assert "two" in (message := refused("two", "val")) and "different classes" in message

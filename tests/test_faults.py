@@ -531,6 +531,7 @@ def test_out_of_memory_says_what_to_lower(error, chain, capsys, monkeypatch):
             [*COMMON, *OWN["pretrain"], *chain.inputs["pretrain"], "--output", "run"]))
     message = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 4 and message.startswith("pretrain.py: out of memory (") and "--accumulate" in message
+    assert "--checkpoint-activations" in message            # which tokenizer.py has not
     assert newest("run")["step"] == 4
 
 

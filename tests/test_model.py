@@ -136,6 +136,16 @@ def test_a_dead_code_starts_anew_with_its_statistics():
     assert used > 0 and q.codebook[3].abs().max() < 10
 
 
+def test_a_code_out_of_use_stays_where_it_is_without_revival():
+    q, z = Quantizer(size=4, dim=2, decay=0.5, revive=0.0), vectors(4, 2, 3, 3).float()
+    q.codebook[3], q.count[:] = torch.tensor([800.0, -300.0]), 8.0                          # nothing is near it
+    q.sum.copy_(q.codebook * q.count[:, None])
+    for _ in range(200):                                    # its count is 0 in float32 after 153
+        q(z)
+        q.update(seeded())
+    assert q.count[3] == 0 and torch.allclose(q.codebook[3], torch.tensor([800.0, -300.0])) and q.codebook.isfinite().all()
+
+
 def test_revival_is_deterministic_by_its_generator():
     revived = []
     for seed in (0, 0, 1):

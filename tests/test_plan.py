@@ -72,6 +72,11 @@ def test_what_is_given_counts(chain, capsys):
     assert plan.estimate(args, 10)["trained"] == sum(p.numel() for p in VisionTransformer(
         **{k: v for k, v in big.items() if k != "codes"}, positions="block", classes=10).parameters())
     assert VisionTransformer(32, 8, dim=32, depth=1, heads=2, positions="block")(torch.zeros(1, 3, 20, 40)).is_cpu   # no fake ones are left
+    plain, averaged = (plan.estimate(finetune.get_args([*COMMON, "--init", "none", *flags]), 10) for flags in ([], ["--ema-decay", "0.9"]))
+    assert averaged["written"] == pytest.approx(4 / 3 * plain["written"], rel=0.01) and averaged["held"] == 2 * plain["held"]
+    none, judged = (plan.estimate(STAGES["tokenizer"].get_args([*COMMON, *OWN["tokenizer"], "--adversarial-weight", weight]), 10)
+                    for weight in ("0", "0.1"))
+    assert judged["trained"] - none["trained"] == sum(p.numel() for p in STAGES["tokenizer"].PatchDiscriminator().parameters())
     pixel = plan.estimate(STAGES["tokenizer"].get_args([*COMMON, *OWN["tokenizer"], "--perceptual-weight", "0"]), 10)
     whole = plan.estimate(STAGES["tokenizer"].get_args([*COMMON, *OWN["tokenizer"], "--perceptual", str(chain.teacher)]), 10)
     assert pixel["forward"] < whole["forward"] and pixel["held"] < whole["held"]

@@ -279,6 +279,13 @@ def test_evaluation_at_each_images_own_size(folder, monkeypatch):
     table = Path("classes.md").read_text().splitlines()
     assert len(table) == 4 and table[2].startswith("| class 1 | 9")
     assert [Image.open(f"picture-{i}.png").size for i in range(3)] == [(3 * (40 + 4 * i), 30) for i in range(3)]
+    for i in range(3):
+        Path(f"picture-{i}.png").unlink()
+    monkeypatch.setattr(runtime, "rank", lambda: 1)
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    segment.evaluate(args, network, dataset, torch.device("cpu"))
+    assert {path.name for path in Path().glob("picture-*.png")} == {f"picture-{i}.png" for i in (1, 3, 5)}   # of the whole set
+    monkeypatch.undo()
     whole = segment.get_args([*COMMON, "--eval-mode", "whole", "--image-size", "30", "--output", "."])
     assert row == segment.evaluate(whole, network, dataset, torch.device("cpu"))    # each pixel by itself: the same
 

@@ -428,6 +428,9 @@ def test_probes_classify_what_is_separable(kind):
     method = finetune.knn if kind == "knn" else lambda *arguments: finetune.linear_probe(*arguments, steps=200)
     right = method(rows[:200], labels[:200], rows[200:], 5) == labels[200:]
     assert right.float().mean() > 0.95
+    if kind == "linear":                                    # standardised, and in blocks that are made when they are used
+        scaled = finetune.linear_probe(100 * rows[:200] + 7, labels[:200], 100 * rows[200:] + 7, 5, lambda x: (x - 7) / 100, 200, 64)
+        assert (scaled == labels[200:]).float().mean() > 0.95
     shuffled = labels[:200][torch.randperm(200, generator=generator)]
     assert (method(rows[:200], shuffled, rows[200:], 5) == labels[200:]).float().mean() < 0.5
 

@@ -35,22 +35,22 @@ def get_args(argv=None):
 
 
 def histograms(codes, size):
-    """Share of each code among an image's: codes (B, h, w) → (B, K)."""
-    codes = codes.flatten(1)
+    """Share of each code among an image's: codes (B, N) → (B, K)."""
+    codes = codes.long()
     counts = torch.zeros(len(codes), size, device=codes.device)
     return counts.scatter_add_(1, codes, torch.full(codes.shape, 1 / codes.shape[1], device=codes.device))
 
 
 @torch.no_grad()
 def measure(args, tokenizer, classifier, perceptual, split):
-    """Histograms (images, K) and labels; on val also what is measured on the reconstructions."""
+    """Codes (images, N) and labels; on val also what is measured on the reconstructions."""
     rows, targets, sums = [], [], torch.zeros(4, dtype=torch.float64)
     dataset, device = data.load_dataset(args.data, split, args.image_size), runtime.device()
     for x, labels in data.eval_loader(dataset, data.eval_transform(args.image_size, args.eval_crop), 250, args.workers):
         x, labels = x.to(device), labels.to(device)
         with runtime.autocast(args, device):                                        # as in pretrain.py
             codes = tokenizer.encode(x)
-        rows.append(histograms(codes, len(tokenizer.quantizer.codebook)))
+        rows.append(codes.flatten(1).int())
         targets.append(labels)
         if split == "val":
             x_hat = tokenizer.decode(codes)
@@ -68,7 +68,8 @@ def main(args):
     perceptual = PerceptualLoss(stage.perceptual_network(args.perceptual)[0]).to(runtime.device())
     train, labels, _ = measure(args, tokenizer, classifier, perceptual, "train")
     val, targets, row = measure(args, tokenizer, classifier, perceptual, "val")
-    predictions = finetune.linear_probe(train, labels, val, int(labels.max()) + 1)
+    size = len(tokenizer.quantizer.codebook)               # ImageNet's histograms would take 39 GiB: a batch's at a time
+    predictions = finetune.linear_probe(train, labels, val, int(labels.max()) + 1, lambda codes: histograms(codes, size))
     runtime.log(args, codewords=True, linear=100 * (predictions == targets).float().mean().item(), **row)
 
 

@@ -22,6 +22,7 @@ import runtime
 import segment
 import teacher
 from model import SIZES, PerceptualLoss, VisionTransformer, VQTokenizer, cached_position_index, offset_weights
+from tokenizer import PatchDiscriminator
 
 # training images and classes where --data is not there: ImageNet-1K's, ADE20K's, COCO's (images with objects)
 PAPER = dict(segment=(20_210, 150), detect=(117_266, 80))
@@ -81,11 +82,13 @@ def networks(args, classes, read):
         tokenizer = VQTokenizer(args.image_size, args.channels, args.codebook_size, args.code_dim).train()
         paper = dict(SIZES["base"], positions="absolute", layer_scale=0.0)
         frozen = PerceptualLoss(VisionTransformer(**read or paper)) if args.perceptual_weight else None
+        judge = PatchDiscriminator() if args.adversarial_weight else None
 
         def loss(images):
             x_hat, _, commitment = tokenizer(images)
-            return F.mse_loss(x_hat, images) + commitment + (frozen(images, x_hat) if frozen else 0.0)
-        return tokenizer, frozen, loss
+            judged = sum(judge(x).mean() for x in (x_hat, x_hat.detach(), images)) if judge else 0.0
+            return F.mse_loss(x_hat, images) + commitment + (frozen(images, x_hat) if frozen else 0.0) + judged
+        return nn.ModuleList([tokenizer, judge]) if judge else tokenizer, frozen, loss
     if args.stage == "pretrain":
         tokenizer = VQTokenizer(**read).eval().requires_grad_(False)
         model, grid = VisionTransformer(**vit, codes=len(tokenizer.quantizer.codebook)), args.image_size // args.patch_size
@@ -99,6 +102,7 @@ def networks(args, classes, read):
         return model, tokenizer, loss
     if args.stage == "finetune":
         network = own = VisionTransformer(**vit | dict(classes=classes))
+        averaged = VisionTransformer(**vit | dict(classes=classes)) if args.ema_decay else None
         loss = lambda images: F.cross_entropy(network(images), torch.zeros(len(images), dtype=torch.int64, device=images.device))
     elif args.stage == "segment":
         network = segment.Segmenter(VisionTransformer(**vit), classes)
@@ -110,7 +114,7 @@ def networks(args, classes, read):
         own = network.backbone.pyramid.vit
         loss = lambda images: sum(x.mean() for x in network.backbone(images).values())
     own.checkpoint_activations = args.checkpoint_activations
-    return network, None, loss
+    return network, averaged if args.stage == "finetune" else None, loss
 
 
 def estimate(args, classes):
@@ -137,7 +141,7 @@ def estimate(args, classes):
             value.backward()
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         held = sum(t.numel() for module in (network, frozen) if module is not None for t in (*module.parameters(), *module.buffers()))
-        kept = [network, frozen] if args.stage == "teacher" else [network]                  # MoCo's momentum copies too
+        kept = [network] + [frozen] * (args.stage in ("teacher", "finetune") and frozen is not None)   # averaged copies too
         written = sum(t.numel() for module in kept for t in module.state_dict().values()) + 2 * trained
     cached_position_index.cache_clear()                    # they have been asked for fake tensors
     offset_weights.cache_clear()
@@ -158,7 +162,7 @@ def main(args):
           f"FLOPs an image      {found['forward'] / 1e9:,.1f} G forward, {found['training'] / 1e9:,.1f} G with the backward pass\n"
           f"memory              {found['memory'] / gib:,.1f} GiB: weights, gradients and Adam's moments "
           f"{(found['memory'] - found['activations']) / gib:,.1f}, activations {found['activations'] / gib:,.1f}\n"
-          f"checkpoint          {found['written'] / gib:,.2f} GiB, three of them\n"
+          f"checkpoint          {found['written'] / gib:,.2f} GiB, {'two' if args.stage in ('teacher', 'pretrain') else 'three'} of them\n"
           f"steps               {steps:,}: {epoch_steps:,} an epoch of {images:,} images{'' if counted else ' (not there: counted as the paper)'}\n"
           f"{f'at {args.dry_run:g} images/s':19} {seen / args.dry_run / 3600:,.1f} hours")
     if args.stage == "detect":
