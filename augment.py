@@ -1,166 +1,332 @@
-"""Augmentation of a whole batch where the network is.
+"""Augmentation of a whole batch on the GPU: --augment batch.
 
-Augmenting one image after the other in a loader's workers (data.py's other form) takes longer than training on it at
-32 px, and most of a worker's time at 224. Here a worker draws an image's random numbers, from the image's own seed, and
-crops what does not come at its size; the functions below turn a batch of them into the images' augmentations, each image
-its own. So a batch is the same for any number of workers and ranks.
+At 32 px augmenting image after image in a loader's workers (--augment image) takes longer than
+training on them. Here a transform has two halves: `draw`, in the worker, draws an image's random
+numbers, from the image's own seed; the call, on a whole batch, applies them, each image its own. So
+a batch is the same for any number of workers and ranks.
 
-Each function here returns (number of draws, step); step(x, *draws) augments x (B, 3, H, W), pixels in
-[0, 1], by that many draws u (B,), uniform in [0, 1). Forms and constants are those of torchvision's
-transforms of the same name; where one differs, it is said.
+Names, arguments, ranges and probabilities are those of torchvision.transforms.v2; where a transform
+differs, it is said. Calls take x (B, 3, H, W), pixels in [0, 1] if nothing else is said, and the
+drawn numbers, a column (B,) each.
 """
 import math
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF
 
-GREY = (0.2989, 0.587, 0.114)                              # ITU-R 601, as in torchvision
-YIQ = torch.tensor([GREY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])  # NTSC: luma, the plane of the hue
+GREY = (0.2989, 0.587, 0.114)                               # ITU-R 601, as in torchvision
+# NTSC's colour space: luma, and the plane in which the hue turns.
+YIQ = torch.tensor([GREY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
 RGB = torch.linalg.inv(YIQ)
 
 
-class Batch:
-    """A transform in two halves. Called on a PIL image, in a worker: pixels of the size, uint8, and its draws. finish: a
-    batch of both, on any device → float32 (B, 3, H, W) in [-1, 1]. Each begins with a random crop of an area of
-    `smallest` to 1 and a flip, then come the steps."""
+# ------------------------------------------------------------------------------------------------
+# The two halves
 
-    def __init__(self, size, smallest, *steps):
-        self.size, self.smallest, self.steps = size, smallest, [crop_and_flip(smallest), *steps]
-        self.draws = sum(number for number, _ in self.steps)
+class Transform:
+    """Subclasses have the other half: the call, on a batch and the numbers drawn for it."""
+    draws = 0                                               # numbers that it draws for an image
+
+    def draw(self, image):
+        """In the worker: (image, numbers (draws,), uniform in [0, 1) if nothing else is said)."""
+        return image, torch.rand(self.draws)
+
+
+class Batch:
+    """The steps, then pixels to [-1, 1], then what is applied to those.
+
+    One of the steps is a RandomResizedCrop to a size. The call, in a worker, on a PIL image, or on
+    uint8 (3, size, size): (uint8 (3, size, size), the numbers drawn).
+    finish: a batch of both, on any device → float32 (B, 3, size, size).
+    """
+
+    def __init__(self, steps, on_pixels=()):
+        self.steps = [*steps, ToPixels(), *on_pixels]
 
     def __call__(self, image):
-        draws = torch.rand(self.draws)
-        if image.size == (self.size, self.size):
-            return TF.pil_to_tensor(image), draws
-        area, aspect, left, top = draws[:4].tolist()       # cropped here, as bytes: a batch needs one size
-        shares = crop_box(area, aspect, self.smallest, image.height / image.width)
-        w, h = (max(1, round(min(share, 1) * side)) for share, side in zip(shares, image.size))
-        x, y = int(left * (image.width - w + 1)), int(top * (image.height - h + 1))
-        crop = torch.from_numpy(np.array(image.crop((x, y, x + w, y + h))))                  # (h, w, 3)
-        crop = F.interpolate(crop.permute(2, 0, 1)[None], (self.size, self.size), mode="bicubic", antialias=True)
-        draws[0], draws[1] = 1.0, 0.5                      # the batch's own crop leaves it whole
-        return crop[0].contiguous(), draws
+        drawn = []
+        for step in self.steps:
+            if step.draws:
+                image, numbers = step.draw(image)
+                drawn.append(numbers)
+        return image, torch.cat(drawn)
 
     def finish(self, batch):
-        pixels, draws = batch                                                       # (B, 3, H, W), (B, draws)
-        x, columns = pixels.float() / 255, list(draws.unbind(1))
-        for number, step in self.steps:
-            x = step(x, *columns[:number])
-            columns = columns[number:]
-        return 2 * x - 1
+        pixels, drawn = batch                                           # uint8, (B, all draws)
+        return apply(self.steps, pixels.float() / 255, *drawn.unbind(1))
 
 
-def per_image(v):
-    return v[:, None, None, None]
+def apply(steps, x, *columns):
+    """Apply the steps in their order, each with its own columns."""
+    for step in steps:
+        x = step(x, *columns[:step.draws])
+        columns = columns[step.draws:]
+    return x
+
+
+def apply_to_some(function, x, chosen, columns):
+    """function(x, *columns) of the chosen images (chosen: bool (B,)); the others as they are."""
+    rows = chosen.nonzero()[:, 0]
+    if len(rows) == 0:
+        return x
+    return x.index_copy(0, rows, function(x[rows], *(column[rows] for column in columns)))
+
+
+def per_image(column):
+    return column[:, None, None, None]                                  # (B, 1, 1, 1)
 
 
 def uniform(u, low, high):
+    """From [0, 1) to [low, high)."""
     return low + (high - low) * u
 
 
+class ToPixels(Transform):
+    """The range of data.to_pixels: [0, 1] → [-1, 1]."""
+
+    def __call__(self, x):
+        return 2 * x - 1
+
+
+class WithProbability(Transform):
+    """With probability p what change(x) makes of x."""
+    draws = 1
+
+    def __init__(self, p=0.5):
+        self.p = p
+
+    def __call__(self, x, chosen):
+        return torch.where(per_image(chosen < self.p), self.change(x), x)
+
+
+class RandomApply(Transform):
+    def __init__(self, transforms, p=0.5):
+        self.transforms, self.p = transforms, p
+        self.draws = 1 + sum(transform.draws for transform in transforms)
+
+    def __call__(self, x, chosen, *columns):
+        return apply_to_some(partial(apply, self.transforms), x, chosen < self.p, columns)
+
+
+# ------------------------------------------------------------------------------------------------
+# Where: crop and flip
+
+class RandomResizedCrop(Transform):
+    """Crop and resize to a square.
+
+    Images that come at that size are cropped with the batch, by grid_sample: bicubic by a = -0.75
+    where PIL's is -0.5, and at an inner edge of the crop it sees the pixels beyond. Others are
+    cropped and resized in the worker, since a batch needs one size, and so before any step that
+    stands before the crop.
+    """
+    draws = 4                           # the crop's left, top, width, height, shares of the image's
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0])
+
+    def __init__(self, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3),
+                 interpolation=InterpolationMode.BILINEAR):
+        self.size, self.mode = size, interpolation.value
+        self.boxes = T.RandomResizedCrop(size, scale, ratio)
+
+    def draw(self, image):
+        box = self.boxes.make_params([image])
+        left, top, width, height = box["left"], box["top"], box["width"], box["height"]
+        n = self.size
+        if isinstance(image, torch.Tensor) or image.size == (n, n):     # tensors are of that size
+            return to_bytes(image), torch.tensor([left / n, top / n, width / n, height / n])
+        crop = to_bytes(image.crop((left, top, left + width, top + height)))[None]
+        crop = F.interpolate(crop, (n, n), mode=self.mode, antialias=True)
+        return crop[0].contiguous(), self.whole
+
+    def __call__(self, x, *box):
+        left, top, width, height = box
+        return apply_to_some(self.crop, x, width * height < 1, box)
+
+    def crop(self, x, left, top, width, height):
+        place = centres(self.size, x.device)
+        across = (left[:, None] + width[:, None] * place)[:, None, :]               # (B, 1, W)
+        down = (top[:, None] + height[:, None] * place)[:, :, None]                 # (B, H, 1)
+        grid = torch.stack(torch.broadcast_tensors(across, down), 3)                # (B, H, W, 2)
+        x = F.grid_sample(x, 2 * grid - 1, self.mode, padding_mode="border", align_corners=False)
+        return x.clamp(0, 1)
+
+
+def centres(pixels, device):
+    """Where the centres of a row of pixels lie, all of the row being 1 → (pixels,)."""
+    return (torch.arange(pixels, device=device) + 0.5) / pixels
+
+
+def to_bytes(image):
+    """PIL image → uint8 (3, H, W)."""
+    if isinstance(image, torch.Tensor):                     # it was done before
+        return image
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+class RandomHorizontalFlip(WithProbability):
+    def change(self, x):
+        return x.flip(3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Colours
+
 def grey(x):
-    return (x * torch.tensor(GREY, device=x.device).view(3, 1, 1)).sum(1, keepdim=True)  # (B, 1, H, W)
+    return (x * x.new_tensor(GREY).view(3, 1, 1)).sum(1, keepdim=True)              # (B, 1, H, W)
 
 
-def crop_box(area, aspect, smallest, shape=1.0):
-    """RandomResizedCrop's box of an area of `smallest` to 1, aspect 3/4 to 4/3: its width and height, shares of the image's,
-    whose height is `shape` times its width. One too wide or too high is for the caller to cut, not drawn again."""
-    area, aspect = uniform(area, smallest, 1), (4 / 3) ** (2 * aspect - 1)
-    return (area * aspect * shape) ** 0.5, (area / aspect / shape) ** 0.5
+class ColorJitter(Transform):
+    """Always in this order (torchvision draws it), and the hue turns in YIQ, not in HSV."""
+    draws = 4
+
+    def __init__(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0):
+        self.brightness, self.contrast, self.saturation = brightness, contrast, saturation
+        self.hue = hue                                      # in turns
+
+    def __call__(self, x, brightness, contrast, saturation, hue):
+        x = (x * self.factor(brightness, self.brightness)).clamp(0, 1)
+        mean = grey(x).mean((2, 3), keepdim=True)
+        x = torch.lerp(mean, x, self.factor(contrast, self.contrast)).clamp(0, 1)
+        x = torch.lerp(grey(x), x, self.factor(saturation, self.saturation)).clamp(0, 1)
+        return self.turn(x, hue) if self.hue else x
+
+    @staticmethod
+    def factor(u, strength):
+        return per_image(uniform(u, max(0, 1 - strength), 1 + strength))
+
+    def turn(self, x, hue):
+        angle = 2 * math.pi * uniform(hue, -self.hue, self.hue)
+        rotation = torch.eye(3, device=x.device).repeat(len(x), 1, 1)               # (B, 3, 3)
+        rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
+        rotation[:, 2, 1] = angle.sin()
+        rotation[:, 1, 2] = -angle.sin()
+        matrix = RGB.to(x.device) @ rotation @ YIQ.to(x.device)
+        return torch.einsum("bij,bjhw->bihw", matrix, x).clamp(0, 1)
 
 
-def crop_and_flip(smallest):
-    """RandomResizedCrop of square images back to the same size, bicubic, boxes not rounded to pixels; flip at even odds."""
-    def step(x, area, aspect, left, top, flip):
-        width, height = (side.clamp(max=1) for side in crop_box(area, aspect, smallest))
-        theta = torch.zeros(len(x), 2, 3, device=x.device)                          # the image is [-1, 1] each way
-        theta[:, 0, 0], theta[:, 0, 2] = torch.where(flip < 0.5, -width, width), uniform(left, -1, 1) * (1 - width)
-        theta[:, 1, 1], theta[:, 1, 2] = height, uniform(top, -1, 1) * (1 - height)
-        grid = F.affine_grid(theta, x.shape, align_corners=False)
-        return F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(0, 1)
-    return 5, step
+class RandomGrayscale(WithProbability):
+    def __init__(self, p=0.1):
+        super().__init__(p)
+
+    def change(self, x):
+        return grey(x)
 
 
-def color_jitter(brightness, contrast, saturation, hue=0.0, p=1.0):
-    """ColorJitter with probability p, always in this order; the hue turns in YIQ, a product with a matrix, not in HSV."""
-    def step(x, chosen, b, c, s, h):
-        y = (x * per_image(uniform(b, 1 - brightness, 1 + brightness))).clamp(0, 1)
-        mean = grey(y).mean((2, 3), keepdim=True)
-        y = torch.lerp(mean, y, per_image(uniform(c, 1 - contrast, 1 + contrast))).clamp(0, 1)
-        y = torch.lerp(grey(y), y, per_image(uniform(s, 1 - saturation, 1 + saturation))).clamp(0, 1)
-        if hue:
-            angle = 2 * math.pi * uniform(h, -hue, hue)
-            turn = torch.eye(3, device=x.device).repeat(len(x), 1, 1)
-            turn[:, 1, 1] = turn[:, 2, 2] = angle.cos()
-            turn[:, 1, 2], turn[:, 2, 1] = -angle.sin(), angle.sin()
-            y = torch.einsum("bij,bjhw->bihw", RGB.to(x.device) @ turn @ YIQ.to(x.device), y).clamp(0, 1)
-        return torch.where(per_image(chosen < p), y, x)
-    return 5, step
+class RandomSolarize(WithProbability):
+    """threshold: of 255, as for PIL images."""
+
+    def __init__(self, threshold, p=0.5):
+        super().__init__(p)
+        self.threshold = threshold / 255
+
+    def change(self, x):
+        return torch.where(x >= self.threshold, 1 - x, x)
 
 
-def random_grey(p):
-    """RandomGrayscale."""
-    return 1, lambda x, chosen: torch.where(per_image(chosen < p), grey(x), x)
+class GaussianBlur(Transform):
+    draws = 1
+
+    def __init__(self, kernel_size, sigma=(0.1, 2.0)):
+        self.reach, self.sigma = kernel_size // 2, sigma
+
+    def __call__(self, x, sigma):
+        offsets = torch.arange(-self.reach, self.reach + 1, device=x.device)
+        sigma = uniform(sigma, *self.sigma)[:, None]                                # (B, 1)
+        kernels = (-0.5 * (offsets / sigma).square()).softmax(1)                    # (B, k)
+        kernels = kernels.repeat_interleave(3, 0)[:, None, None]                    # (3·B, 1, 1, k)
+        y = F.pad(x, [self.reach] * 4, mode="reflect")
+        y = y.flatten(0, 1)[None]                                               # (1, 3·B, ·, ·)
+        y = F.conv2d(y, kernels, groups=len(kernels))       # across
+        y = F.conv2d(y, kernels.mT, groups=len(kernels))    # down
+        return y.view_as(x)
 
 
-def blur(p, size):
-    """GaussianBlur by a kernel of a tenth of the image (BYOL), σ 0.1 to 2, with probability p."""
-    reach = max(3, int(0.1 * size) // 2 * 2 + 1) // 2
+# ------------------------------------------------------------------------------------------------
+# RandAugment, erasing
 
-    def step(x, chosen, sigma):
-        offsets = torch.arange(-reach, reach + 1, device=x.device)
-        kernels = (-0.5 * (offsets / uniform(sigma, 0.1, 2.0)[:, None]).square()).softmax(1)
-        kernels = kernels.repeat_interleave(3, 0)[:, None, None]                    # (3·B, 1, 1, k), a group a channel
-        y = F.pad(x, [reach] * 4, mode="reflect").flatten(0, 1)[None]               # (1, 3·B, ·, ·)
-        y = F.conv2d(F.conv2d(y, kernels, groups=len(kernels)), kernels.mT, groups=len(kernels))
-        return torch.where(per_image(chosen < p), y.view_as(x), x)
-    return 2, step
+class RandAugment(Transform):
+    """The images that drew the same operation go through torchvision's function together.
 
+    magnitude: 0 to 30. Bicubic is done as bilinear: for tensors torchvision has no bicubic. Shears
+    are about the centre, as the rotation. fill: of 255, a number a channel.
+    """
 
-def solarize(p):
-    """RandomSolarize, at half."""
-    return 1, lambda x, chosen: torch.where(per_image(chosen < p) & (x >= 0.5), 1 - x, x)
+    def __init__(self, num_ops=2, magnitude=9, *, interpolation, fill):
+        self.share = magnitude / 30
+        bicubic = interpolation == InterpolationMode.BICUBIC
+        self.interpolation = InterpolationMode.BILINEAR if bicubic else interpolation
+        self.fill = [value / 255 for value in fill]
+        self.draws = 2 * num_ops
 
-
-def rand_augment(magnitude):
-    """RandAugment of two ops, each taken with probability ½, at a magnitude of 30; the images that drew the same op go
-    through torchvision's function together. Shears are about the centre; bilinear, for tensors torchvision has no bicubic."""
-    m = magnitude / 30
-
-    def affine(angle=0.0, translate=(0, 0), shear=(0.0, 0.0)):
-        return lambda x: TF.affine(x, angle, list(translate), 1.0, list(shear), InterpolationMode.BILINEAR, [0.5] * 3)
-
-    def table(sign, size):                                 # the 14 ops and their ranges
-        shift, shear = sign * int(150 / 331 * size * m), sign * math.degrees(math.atan(0.3 * m))
-        return [lambda x: x, affine(shear=(shear, 0.0)), affine(shear=(0.0, shear)), affine(translate=(shift, 0)),
-                affine(translate=(0, shift)), affine(angle=sign * 30.0 * m),
-                lambda x: TF.adjust_brightness(x, 1 + sign * 0.9 * m), lambda x: TF.adjust_saturation(x, 1 + sign * 0.9 * m),
-                lambda x: TF.adjust_contrast(x, 1 + sign * 0.9 * m), lambda x: TF.adjust_sharpness(x, 1 + sign * 0.9 * m),
-                lambda x: TF.posterize(x, 8 - round(4 * m)), lambda x: TF.solarize(x, 1 - m), TF.autocontrast, TF.equalize]
-
-    def step(x, *draws):
-        functions = table(1, x.shape[-1]) + table(-1, x.shape[-1])
-        for chosen, op, sign in (draws[:3], draws[3:]):
-            which = (op * 14).long() * (chosen < 0.5) + 14 * (sign >= 0.5)          # (B,); 0: the image as it is
-            order, counts = which.argsort(), which.bincount(minlength=28).tolist()
-            groups = zip(functions, x[order].split(counts))
-            x = torch.cat([function(group) for function, group in groups if len(group)])[order.argsort()]
+    def __call__(self, x, *columns):
+        size = x.shape[-1]
+        functions = self.functions(size, sign=1) + self.functions(size, sign=-1)
+        number = len(functions) // 2
+        for op, sign in zip(columns[::2], columns[1::2], strict=True):
+            which = (number * op).long() + number * (sign >= 0.5)                   # (B,)
+            order = which.argsort()
+            groups = x[order].split(which.bincount(minlength=2 * number).tolist())
+            pairs = zip(functions, groups, strict=True)
+            x = torch.cat([function(group) for function, group in pairs if len(group)])
+            x = x[order.argsort()]
         return x
-    return 6, step
+
+    def functions(self, size, sign):
+        """The 14 operations at the magnitude on images of a size, in pixels; sign: direction."""
+        m = self.share
+        factor = 1 + sign * 0.9 * m
+        shift = sign * int(150 / 331 * size * m)
+        shear = sign * math.degrees(math.atan(0.3 * m))
+
+        def affine(angle=0.0, translate=(0, 0), shear=(0.0, 0.0)):
+            return lambda x: TF.affine(x, angle, list(translate), 1.0, list(shear),
+                                       self.interpolation, self.fill)
+
+        return [
+            lambda x: x,
+            affine(shear=(shear, 0.0)),
+            affine(shear=(0.0, shear)),
+            affine(translate=(shift, 0)),
+            affine(translate=(0, shift)),
+            affine(angle=sign * 30.0 * m),
+            lambda x: TF.adjust_brightness(x, factor),
+            lambda x: TF.adjust_saturation(x, factor),
+            lambda x: TF.adjust_contrast(x, factor),
+            lambda x: TF.adjust_sharpness(x, factor),
+            lambda x: TF.posterize(x, 8 - round(4 * m)),
+            lambda x: TF.solarize(x, 1 - m),
+            TF.autocontrast,
+            TF.equalize,
+        ]
 
 
-def erase(p):
-    """RandomErasing of 2 to 33 % of the image, aspect 0.3 to 1/0.3, by one random colour (not noise)."""
-    def step(x, chosen, area, aspect, top, left, *colour):
-        area, aspect = uniform(area, 0.02, 0.33), uniform(aspect, math.log(0.3), -math.log(0.3)).exp()
-        height, width = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-        top, left = top * (1 - height), left * (1 - width)
-        place = (torch.arange(x.shape[-1], device=x.device) + 0.5) / x.shape[-1]    # of pixels, in [0, 1]
-        rows = (place >= top[:, None]) & (place < (top + height)[:, None])          # (B, H)
-        columns = (place >= left[:, None]) & (place < (left + width)[:, None])      # (B, W)
-        box = rows[:, None, :, None] & columns[:, None, None, :] & per_image(chosen < p)
-        return torch.where(box, torch.stack(colour, 1)[:, :, None, None], x)
-    return 8, step
+class RandomErasing(Transform):
+    """Of pixels in [-1, 1]. A box is filled with one colour, drawn in that range, not with noise,
+    and one that is too large is cut to the image, not drawn again."""
+    draws = 8
+
+    def __init__(self, p=0.5, scale=(0.02, 0.33), ratio=(0.3, 3.3), value="random"):
+        if value != "random":
+            raise ValueError(f'value {value}: only "random"')
+        self.p, self.scale = p, scale
+        self.log_ratio = math.log(ratio[0]), math.log(ratio[1])
+
+    def __call__(self, x, chosen, area, ratio, top, left, *colour):
+        area = uniform(area, *self.scale)                   # a share of the image's
+        ratio = uniform(ratio, *self.log_ratio).exp()       # height / width
+        height = (area * ratio).sqrt().clamp(max=1)
+        width = (area / ratio).sqrt().clamp(max=1)
+        rows = self.within(x.shape[2], top * (1 - height), height)                  # (B, H)
+        columns = self.within(x.shape[3], left * (1 - width), width)                # (B, W)
+        box = rows[:, None, :, None] & columns[:, None, None, :]                    # (B, 1, H, W)
+        colour = uniform(torch.stack(colour, 1), -1, 1)[:, :, None, None]           # (B, 3, 1, 1)
+        return torch.where(box & per_image(chosen < self.p), colour, x)
+
+    @staticmethod
+    def within(pixels, first, length):
+        place = centres(pixels, first.device)
+        return (place >= first[:, None]) & (place < (first + length)[:, None])

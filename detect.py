@@ -1,21 +1,22 @@
-"""Stage 3c: object detection and instance segmentation. Mask R-CNN on a pre-trained ViT (PeCo, sec. 4).
+"""Stage 3c: detection and instance masks. Mask R-CNN on a pre-trained ViT (PeCo, supplement).
 
     python detect.py --recipe demo
     torchrun --nproc-per-node 8 detect.py
+    python detect.py --eval --init runs/paper/detect
 
-Region proposals, heads and losses are torchvision's; the evaluation is COCO's own (pip install pycocotools).
+PeCo trains with mmdetection. Here proposals, heads and losses are torchvision's, and the evaluation
+is COCO's own (pip install pycocotools).
 """
 import contextlib
 import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
 from PIL import Image
 from torch import nn
+from torch.utils.data import Dataset
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -24,321 +25,459 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import v2 as T
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
-from tqdm import tqdm
 
+import checkpoint
 import data
+import logbook
 import runtime
-from model import SIZES, ViTPyramid, VisionTransformer, param_groups, transfer
+from logbook import Run
+from model import SIZES, VisionTransformer, ViTPyramid, param_groups
+from runtime import InputError
+from scenes import Scenes, instances, palette, synthetic_number
+from weights import transfer
 
 try:
     from pycocotools import mask as rle
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
-except ImportError:                                        # optional, as requirements-extra.txt says: main() asks for it
+except ImportError:             # optional, as requirements-extra.txt says; main() asks for it
     COCO = None
 
+PAPER = dict(
+    data="data/coco",           # COCO 2017 [PeCo]
+    init="runs/paper/pretrain",
+    image_size=800,             # [PeCo]
+    min_size=800,               # a single scale [PeCo]
+    max_size=1333,              # [PeCo]
+    model="base",               # ViT-B [PeCo, Table 3]
+    patch_size=16,              # [PeCo]
+    drop_path=0.1,              # [PeCo]
+    layer_scale=0.1,            # [BEiT]
+    channels=256,               # [mmdetection]
+    boxes=512,                  # [mmdetection]
+    batch_size=16,              # [PeCo]
+    epochs=12,                  # [PeCo]
+    warmup_steps=500,           # [mmdetection]
+    lr=4e-4,                    # [PeCo]; × 0.1 at epochs 8 and 11 [PeCo]
+    layer_decay=0.75,           # [PeCo]
+    betas=[0.9, 0.999],         # [BEiT]
+    weight_decay=0.05,          # [PeCo]
+)
 RECIPES = {
-    # PeCo: Mask R-CNN, 12 epochs; no more is known. Shorter side 480…800, longer ≤ 1333, AdamW, weight decay 0.05, drop path
-    # 0.2, batch 16: iBOT's ViT-B in Cascade Mask R-CNN (2111.07832); lr, layer decay, warm-up, a tenth of the lr after epochs
-    # 9 and 11: PaddleDetection's ViT-B of CAE
-    "paper": dict(
-        data="data/coco", model="base", image_size=800, min_size=480, max_size=1333, patch_size=16, batch_size=16, epochs=12,
-        lr=1e-4, betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.75, warmup_steps=1000, drop_path=0.2, layer_scale=0.1,
-        channels=256, boxes=512),           # torchvision's
-    "demo": dict(                           # our choice
-        data="synthetic:2000", model="nano", image_size=64, min_size=64, max_size=64, patch_size=8, batch_size=16, epochs=10,
-        lr=2e-3, betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.75, warmup_steps=50, drop_path=0.0, layer_scale=0.1,
-        channels=32, boxes=32, save_every=10),
+    "paper": PAPER,
+    "demo": PAPER | dict(       # our choice
+        data="synthetic:2000",
+        init="runs/demo/pretrain",
+        image_size=64,
+        min_size=64,
+        max_size=64,
+        model="nano",
+        patch_size=8,
+        drop_path=0.0,
+        channels=32,
+        boxes=32,
+        epochs=10,
+        warmup_steps=50,
+        lr=2e-3,
+        save_every=10,
+    ),
 }
+PICTURES = 8                    # validation images drawn at each evaluation; our choice
 
 
 def get_args(argv=None):
-    p = runtime.parser(__doc__, "detect", data="synthetic[:IMAGES], or a folder in COCO's layout: train2017/, val2017/, annotations/")
-    p.model.add_argument("--init", default="runs/RECIPE/pretrain", help="run or checkpoint of pretrain.py, finetune.py or teacher.py, "
-                   "a file of BEiT's, timm's or MoCo v3's ViT-B, or none: from scratch; with --eval: a run of detect.py")
-    p.output.add_argument("--eval", action="store_true", help="only evaluate --init")
-    p.data.add_argument("--min-size", type=int, help="smallest shorter side in training, pixels; it is drawn from there to "
-                   "--image-size, which is evaluation's, in steps of 32")
-    p.data.add_argument("--max-size", type=int, help="largest longer side, pixels")
-    p.model.add_argument("--model", choices=SIZES, help="where --init does not say")
-    p.model.add_argument("--patch-size", type=int, help="pixels; where --init does not say")
-    p.schedule.add_argument("--betas", type=float, nargs=2, help="of AdamW")
-    p.schedule.add_argument("--weight-decay", type=float)
-    p.schedule.add_argument("--layer-decay", type=float, help="the lr of a block is the next one's times this")
-    p.schedule.add_argument("--warmup-steps", type=int)
-    p.model.add_argument("--drop-path", type=float, help="rate of the last block, rising from 0")
-    p.model.add_argument("--layer-scale", type=float, help="initial value where --init does not say; 0: none")
-    p.model.add_argument("--channels", type=int, help="of the feature pyramid and the heads")
-    p.model.add_argument("--boxes", type=int, help="sampled of an image in training, to classify")
-    p.output.add_argument("--pictures", type=int, default=8, help="validation images that are drawn at each evaluation")
-    p.hardware.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
+    p = runtime.parser("detect", __doc__)
+    p.add_argument("--init",
+                   help="what to begin from: run or checkpoint of pretrain.py, teacher.py or "
+                        "finetune.py, a file of BEiT's, timm's or MoCo v3's, or none: from "
+                        "scratch; with --eval: a run of detect.py")
+    p.add_argument("--eval", action="store_true", help="only evaluate --init")
+    p.add_argument("--min-size", type=int,
+                   help="smallest shorter side in training, pixels: it is drawn from there to "
+                        "--image-size, which is evaluation's, in steps of 32")
+    p.add_argument("--max-size", type=int, help="largest longer side, pixels")
+    p.add_argument("--model", choices=SIZES, help="size of the ViT, where --init does not say")
+    p.add_argument("--patch-size", type=int,
+                   help="side of a patch, pixels, where --init does not say")
+    p.add_argument("--drop-path", type=float,
+                   help="rate of the last block, rising from 0 at the first")
+    p.add_argument("--layer-scale", type=float,
+                   help="initial value, where --init does not say; 0: no layer scale")
+    p.add_argument("--channels", type=int, help="channels of the feature pyramid and the heads")
+    p.add_argument("--boxes", type=int, help="boxes sampled of an image in training, to classify")
+    p.add_argument("--betas", type=float, nargs=2, help="AdamW's β₁ and β₂")
+    p.add_argument("--weight-decay", type=float, help="AdamW's weight decay, of matrices")
+    p.add_argument("--layer-decay", type=float,
+                   help="factor of the lr from one block to the one before it")
+    p.add_argument("--warmup-steps", type=int, help="steps of linear warm-up of the lr")
+    p.add_argument("--checkpoint-activations", action="store_true",
+                   help="recompute blocks in the backward pass: less memory, a third more time")
+    layout = "synthetic[:IMAGES], or a folder in COCO's layout: train2017/, val2017/, annotations/"
+    data.add_arguments(p, layout=layout, augment=False)
     return runtime.parse(p, RECIPES, argv)
 
 
 # ------------------------------------------------------------------------------------------------
-# Data
+# Data: (PIL image, target), as scenes.instances makes it. Labels count from 1.
 
 def load_dataset(name, split, image_size):
-    """The data set of detect.py's --data: yields (PIL image, data.instances()) and has .classes."""
+    """The dataset of --data, with .classes, their names, .ids and .category_ids, as COCO's.
+
+    split: "train" or "val"; image_size: pixels, of drawn scenes. Raises InputError where it is not
+    there.
+    """
     if name.partition(":")[0] == "synthetic":
-        return data.Scenes(split, data.synthetic_number(name, split), image_size, target="instances")
+        return Scenes(split, synthetic_number(name, split), image_size, target="instances")
     folder = data.subfolder(name, f"{split}2017")
     file = Path(name, "annotations", f"instances_{split}2017.json")
     if not file.exists():
-        raise runtime.InputError(f"--data {name}: it has no annotations/{file.name}; see the README for the layout")
+        raise InputError(
+            f"--data {name}: it has no annotations/{file.name}; see the README for the layout")
     return Coco(folder, file)
 
 
-class Coco(torchvision.datasets.CocoDetection):
-    """COCO's instances. Labels count from 1 without the gaps of the category ids; crowds are left out."""
+class Coco(Dataset):
+    """COCO's instances. Labels leave no gaps, as category ids do; crowds are left out."""
 
     def __init__(self, folder, file):
         try:
-            with contextlib.redirect_stdout(None):         # it tells of its progress
-                super().__init__(folder, file)
-            self.category_ids = sorted(self.coco.getCatIds())
-            self.samples = [(Path(folder, self.coco.imgs[i]["file_name"]), i) for i in self.ids]
-            for a in self.coco.anns.values():
-                self.category_ids.index(a["category_id"]), a["bbox"], a["area"], a["segmentation"]
+            with quiet():
+                self.coco = COCO(file)
+            self.ids = sorted(self.coco.imgs)
+            self.category_ids = sorted(self.coco.cats)
+            self.classes = [self.coco.cats[i]["name"] for i in self.category_ids]
+            self.samples = []                               # (file, id) of each image
+            for i in self.ids:
+                self.samples.append((Path(folder, self.coco.imgs[i]["file_name"]), i))
+            for annotation in self.coco.anns.values():
+                self.category_ids.index(annotation["category_id"])
+                for key in ("bbox", "area", "segmentation"):
+                    annotation[key]                         # KeyError: it lacks one
         except (KeyError, TypeError, ValueError, AssertionError) as error:
-            raise runtime.InputError(f"{file}: not COCO's format of instances ({type(error).__name__}: {error}); an annotation "
-                                     "has a known category_id, bbox, area and segmentation") from error
-        self.classes = [category["name"] for category in self.coco.loadCats(self.category_ids)]
+            raise InputError(
+                f"{file}: not COCO's format of instances ({type(error).__name__}: {error}); an "
+                "annotation has a known category_id, bbox, area and segmentation") from error
 
-    def _load_image(self, id):                             # torchvision's hook; data.read() decodes it
-        return Image.open(Path(self.root, self.coco.imgs[id]["file_name"]))
+    def __len__(self):
+        return len(self.samples)
 
-    def __getitem__(self, index):
-        image, annotations = super().__getitem__(index)
-        annotations = [a for a in annotations if not a.get("iscrowd")]
-        boxes = torch.tensor([a["bbox"] for a in annotations]).view(-1, 4)
-        masks = [self.coco.annToMask(a) for a in annotations] or np.zeros((0, image.height, image.width))
-        labels = torch.tensor([self.category_ids.index(a["category_id"]) + 1 for a in annotations], dtype=torch.int64)
-        boxes[:, 2:] += boxes[:, :2]                       # left, top, width, height → left, top, right, bottom
-        return image, data.instances(boxes, labels, torch.from_numpy(np.array(masks)))
+    def objects(self, index):
+        """The annotations of an image, without crowds."""
+        return [a for a in self.coco.imgToAnns[self.ids[index]] if not a.get("iscrowd")]
 
     def with_objects(self):
         """Indices of the images that have any."""
-        return [index for index, i in enumerate(self.ids) if any(not a.get("iscrowd") for a in self.coco.imgToAnns[i])]
+        return [index for index in range(len(self)) if self.objects(index)]
+
+    def __getitem__(self, index):
+        image = Image.open(self.samples[index][0])
+        objects = self.objects(index)
+        boxes = torch.tensor([a["bbox"] for a in objects]).view(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]        # left, top, width, height → left, top, right, bottom
+        labels = [self.category_ids.index(a["category_id"]) + 1 for a in objects]
+        masks = np.zeros((len(objects), image.height, image.width), np.uint8)
+        for i, annotation in enumerate(objects):
+            masks[i] = self.coco.annToMask(annotation)
+        labels = torch.tensor(labels, dtype=torch.int64)
+        return image, instances(boxes, labels, torch.from_numpy(masks))
+
+
+def quiet():
+    """pycocotools prints its progress and tables: not into ours."""
+    return contextlib.redirect_stdout(None)
 
 
 def transform(train):
-    """Flip where it trains; sizes are the model's business. Boxes are cut to the image, those under a pixel left out."""
-    return data.Joint([*([T.RandomHorizontalFlip()] if train else []), T.ClampBoundingBoxes(), T.SanitizeBoundingBoxes(),
-                       T.ToPureTensor()])
+    """A flip in training. Boxes are cut to the image; those under a pixel are left out.
+
+    Resizing is a part of the network, as torchvision has it.
+    """
+    steps = [T.ClampBoundingBoxes(), T.SanitizeBoundingBoxes(), T.ToPureTensor()]
+    if train:
+        steps.insert(0, T.RandomHorizontalFlip())
+    return data.Joint(steps)
 
 
 # ------------------------------------------------------------------------------------------------
 # The network
 
 class Backbone(nn.Module):
-    """Images → five maps (FPN, 1612.03144), from a quarter of the patches' stride to four times it.
+    """Images (B, 3, H, W) → five maps (B, channels, ·, ·), at ×4, ×2, ×1, ×½, ×¼ of the ViT's grid.
 
-    autocast: a context for this part alone. torchvision makes its anchors and boxes in the maps' dtype, and in bf16 a
-    coordinate above 512 is a multiple of 4: proposals and heads are in fp32.
+    They are a feature pyramid (FPN, 1612.03144) over ViTPyramid's four.
+
+    autocast: the context of this part alone. torchvision makes anchors and boxes in the maps'
+    dtype, and in bf16 a coordinate above 512 is a multiple of 4: so what follows is in fp32.
     """
 
     def __init__(self, vit, channels):
         super().__init__()
-        self.pyramid, self.out_channels, self.autocast = ViTPyramid(vit), channels, contextlib.nullcontext()
-        self.fpn = FeaturePyramidNetwork([vit.cls_token.shape[-1]] * 4, channels, LastLevelMaxPool())
+        dim = vit.cls_token.shape[-1]
+        self.pyramid = ViTPyramid(vit)
+        self.fpn = FeaturePyramidNetwork([dim] * 4, channels, LastLevelMaxPool())
+        self.out_channels = channels                        # asked for by MaskRCNN
+        self.autocast = contextlib.nullcontext()
 
     def forward(self, images):
         with self.autocast:
-            maps = self.fpn(dict(zip("0123", self.pyramid(images))))                # and "pool", half of "3"
-        return {name: x.float() for name, x in maps.items()}                        # (B, channels, ·, ·)
+            maps = dict(zip("0123", self.pyramid(images), strict=True))     # torchvision's names
+            maps = self.fpn(maps)                           # and "pool", half of "3"
+        return {name: x.float() for name, x in maps.items()}
 
 
 def mask_rcnn(vit, classes, channels, boxes, sizes, max_size):
-    """torchvision's Mask R-CNN: lists of images (3, H, W) and, in training, of targets → a dict of losses; otherwise
-    of detections, in the images' own pixels.
+    """torchvision's Mask R-CNN on a ViT.
 
-    vit: a VisionTransformer, or its arguments; channels: of pyramid and heads; boxes: sampled of an image in training;
-    sizes: shorter sides in training, the last one evaluation's. With 256 and 512 it is torchvision's own but for the ViT.
+    Lists of images (3, H, W) and, in training, of targets → in training a dict of losses, else
+    detections in the images' own pixels.
+
+    channels: of pyramid and heads; boxes: sampled of an image in training; sizes: shorter sides in
+    training, the last one evaluation's; max_size: of the longer one, pixels. With 256 channels and
+    512 boxes all but the ViT is torchvision's own.
     """
-    vit = VisionTransformer(**vit) if isinstance(vit, dict) else vit
-    sides = tuple((2 * vit.patch_size * 2 ** level,) for level in range(5))         # of anchors: eight strides, as torchvision's
+    # Sides of the anchors on each map, pixels: eight times its stride [torchvision]
+    anchors = tuple((2 * vit.patch_size * 2 ** level,) for level in range(5))
     return MaskRCNN(
-        Backbone(vit, channels), min_size=sizes, max_size=max_size, size_divisible=2 * vit.patch_size,
-        image_mean=[0.0] * 3, image_std=[1.0] * 3,                                  # pixels come in [-1, 1]
-        rpn_anchor_generator=AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * 5), box_batch_size_per_image=boxes,
-        box_head=TwoMLPHead(channels * 7 ** 2, 4 * channels), box_predictor=FastRCNNPredictor(4 * channels, classes + 1),
-        mask_head=MaskRCNNHeads(channels, [channels] * 4, 1), mask_predictor=MaskRCNNPredictor(channels, channels, classes + 1))
+        Backbone(vit, channels),
+        min_size=sizes,
+        max_size=max_size,
+        size_divisible=2 * vit.patch_size,                  # whole positions of the map at ×½
+        image_mean=[0.0] * 3,                               # pixels come in [-1, 1]
+        image_std=[1.0] * 3,
+        rpn_anchor_generator=AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * 5),
+        box_batch_size_per_image=boxes,
+        box_head=TwoMLPHead(channels * 7 ** 2, 4 * channels),
+        box_predictor=FastRCNNPredictor(4 * channels, classes + 1),
+        mask_head=MaskRCNNHeads(channels, [channels] * 4, 1),
+        mask_predictor=MaskRCNNPredictor(channels, channels, classes + 1))
 
 
-def build(args, classes):
-    """The network that --init asks for → (model, its arguments, digest of --init)."""
-    sizes = dict(sizes=[*range(args.min_size, args.image_size, 32), args.image_size], max_size=args.max_size)
-    if args.eval:
-        state = runtime.load_checkpoint(args.init, ["detect"])
-        if state["model_args"]["classes"] != classes:
-            raise runtime.InputError(f"--init {args.init}: has {state['model_args']['classes']} classes, --data {args.data} {classes}")
-        model = mask_rcnn(**state["model_args"] | sizes)
-        model.load_state_dict(state["model"])
-        return model, state["model_args"], state["digest"]
-    state = runtime.load_checkpoint(args.init) if args.init != "none" else {}
-    own = dict(SIZES[args.model], patch_size=args.patch_size, positions="block", layer_scale=args.layer_scale)
-    patch = state.get("model_args", own).get("patch_size", args.patch_size)
-    vit, own, _ = transfer(f"--init {args.init}", state, own, image_size=-(-args.image_size // patch) * patch,
-                           drop_path=args.drop_path, classes=0)
-    rest = dict(classes=classes, channels=args.channels, boxes=args.boxes, **sizes)
-    return mask_rcnn(vit, **rest), dict(vit=own, **rest), state.get("digest")
+def build(args, classes, state):
+    """The network on a checkpoint's ViT (state; {}: from scratch), and arguments to build it again.
+
+    classes: number of them.
+    """
+    arguments = dict(
+        SIZES[args.model], patch_size=args.patch_size, layer_scale=args.layer_scale,
+        positions="block")                                  # a bias for each block [BEiT]
+    patch = state.get("model_args", arguments).get("patch_size", args.patch_size)
+    vit, vit_args, _ = transfer(
+        f"--init {args.init}", state, arguments,
+        image_size=math.ceil(args.image_size / patch) * patch, drop_path=args.drop_path, classes=0)
+    vit.checkpoint_activations = args.checkpoint_activations
+    rest = dict(classes=classes, channels=args.channels, boxes=args.boxes, **sides(args))
+    return mask_rcnn(vit, **rest), dict(vit=vit_args, **rest)
+
+
+def sides(args):
+    """The sizes of images, for mask_rcnn."""
+    sizes = [*range(args.min_size, args.image_size, 32), args.image_size]
+    return dict(sizes=sizes, max_size=args.max_size)
+
+
+def load(args, classes):
+    """The network of a run of detect.py. Raises InputError where it has other classes."""
+    state = checkpoint.load(args.init, ["detect"])
+    arguments = state["model_args"] | sides(args)
+    found = arguments["classes"]
+    if found != classes:
+        raise InputError(f"--init {args.init}: has {found} classes, --data {args.data} {classes}")
+    vit = VisionTransformer(**arguments.pop("vit"))
+    model = mask_rcnn(vit, **arguments)
+    model.load_state_dict(state["model"])
+    return model
 
 
 def schedule(step, total, warmup, peak):
-    """Linear warm-up, then a tenth from 3/4 of the run on and a hundredth from 11/12: epochs 9 and 11 of 12."""
-    return peak * min(1.0, (step + 1) / max(warmup, 1)) * 0.1 ** ((step >= total * 3 / 4) + (step >= total * 11 / 12))
+    """Linear warm-up; × 0.1 at epoch 8 and again at 11, of 12 [PeCo], of as many parts else."""
+    lr = peak * min(1.0, (step + 1) / max(warmup, 1))
+    for epoch in (8, 11):
+        if 12 * step >= epoch * total:
+            lr *= 0.1
+    return lr
 
 
 # ------------------------------------------------------------------------------------------------
 # Evaluation
 
 def ground_truth(dataset):
-    """The data set as COCO's evaluation takes it."""
+    """The dataset in pycocotools' form."""
     if hasattr(dataset, "coco"):
         return dataset.coco
-    coco, annotations = COCO(), []
-    for i in range(len(dataset)):
-        target = dataset[i][1]
-        for box, label, mask in zip(target["boxes"].tolist(), target["labels"].tolist(), target["masks"]):
-            annotations.append(dict(id=len(annotations) + 1, image_id=dataset.ids[i], category_id=dataset.category_ids[label - 1],
-                                    bbox=[*box[:2], box[2] - box[0], box[3] - box[1]], area=int(mask.sum()), iscrowd=0,
-                                    segmentation=rle.encode(np.asfortranarray(mask.numpy()))))
-    coco.dataset = dict(images=[dict(id=i, height=dataset.size, width=dataset.size) for i in dataset.ids], annotations=annotations,
-                        categories=[dict(id=i, name=name) for i, name in zip(dataset.category_ids, dataset.classes)])
-    with contextlib.redirect_stdout(None):
+    annotations = []
+    for index, image_id in enumerate(dataset.ids):
+        target = dataset[index][1]
+        boxes = as_coco(target["boxes"])
+        for box, label, mask in zip(boxes, target["labels"].tolist(), target["masks"], strict=True):
+            annotations.append(dict(
+                id=len(annotations) + 1,
+                image_id=image_id,
+                category_id=dataset.category_ids[label - 1],
+                bbox=box,
+                area=int(mask.sum()),
+                iscrowd=0,
+                segmentation=rle.encode(np.asfortranarray(mask.numpy()))))
+    names = zip(dataset.category_ids, dataset.classes, strict=True)
+    coco = COCO()
+    coco.dataset = dict(
+        images=[dict(id=i, height=dataset.size, width=dataset.size) for i in dataset.ids],
+        annotations=annotations,
+        categories=[dict(id=i, name=name) for i, name in names])
+    with quiet():
         coco.createIndex()
     return coco
 
 
+def as_coco(boxes):
+    """Boxes (n, 4), left, top, right, bottom → lists of left, top, width, height."""
+    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
+
+
 def as_results(detections, image_id, category_ids):
-    """One image's detections in COCO's format of results."""
-    boxes = detections["boxes"].cpu()
-    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
-    masks = np.asfortranarray((detections["masks"][:, 0] >= 0.5).permute(1, 2, 0).byte().cpu().numpy())
-    return [dict(image_id=image_id, category_id=category_ids[label - 1], score=score, bbox=box, segmentation=mask)
-            for label, score, box, mask in zip(detections["labels"].tolist(), detections["scores"].tolist(), boxes, rle.encode(masks))]
+    """The detections of an image in COCO's format of results."""
+    boxes = as_coco(detections["boxes"].cpu())
+    masks = detections["masks"][:, 0] >= 0.5                                    # (n, H, W)
+    masks = masks.permute(1, 2, 0).byte().cpu().numpy()                         # (H, W, n)
+    masks = rle.encode(np.asfortranarray(masks))
+    labels = detections["labels"].tolist()
+    scores = detections["scores"].tolist()
+    results = []
+    for box, mask, label, score in zip(boxes, masks, labels, scores, strict=True):
+        results.append(dict(image_id=image_id, category_id=category_ids[label - 1], score=score,
+                            bbox=box, segmentation=mask))
+    return results
 
 
-def average_precision(coco, results):
+def average_precision(truth, results):
     """COCO's AP, AP at IoU 0.5 and at 0.75, of boxes and of masks, in %."""
     row = {}
     for kind, name in (("bbox", "box"), ("segm", "mask")):
-        stats = [0.0] * 3
+        stats = [0.0, 0.0, 0.0]
         if results:
-            with contextlib.redirect_stdout(None):         # its tables
-                own = coco.loadRes([dict(result) for result in results])
-                evaluation = COCOeval(coco, own, kind)
+            with quiet():
+                own = truth.loadRes([dict(result) for result in results])       # it changes them
+                evaluation = COCOeval(truth, own, kind)
                 evaluation.evaluate()
                 evaluation.accumulate()
                 evaluation.summarize()
-            stats = [value if value >= 0 else math.nan for value in evaluation.stats]  # -1: no objects in the data
-        row |= {f"{name}_ap{suffix}": 100 * float(value) for suffix, value in zip(("", "50", "75"), stats)}
+            stats = evaluation.stats[:3].tolist()
+        for suffix, value in zip(("", "50", "75"), stats, strict=True):
+            row[f"{name}_ap{suffix}"] = 100 * value if value >= 0 else math.nan  # −1: no objects
     return row
-
-
-def draw(image, detections, target, classes, path):
-    """The image with the detections of score ≥ 0.5, and with the truth beside it."""
-    image, parts = ((image + 1) * 127.5).clamp(0, 255).byte().cpu(), []
-    kept = {key: value.cpu()[detections["scores"].cpu() >= 0.5] for key, value in detections.items()}
-    kept["masks"] = kept["masks"][:, 0] >= 0.5
-    for one in (kept, target):
-        names, colours = [classes[label - 1] for label in one["labels"].tolist()], data.palette(len(one["labels"]))
-        painted = draw_segmentation_masks(image, one["masks"].bool(), alpha=0.5, colors=colours) if names else image
-        parts.append(draw_bounding_boxes(painted, one["boxes"], names, colours) if names else painted)
-    save_image(torch.cat(parts, 2) / 255, path)
 
 
 @torch.no_grad()
 def evaluate(args, model, dataset, device):
-    """AP over every validation image, counted once whatever the number of ranks; pictures in --output. One image at a
-    time: beside a larger one it would be padded, and the ViT sees the padding."""
+    """AP over all validation images, each counted once over all ranks; pictures in args.output.
+
+    One image at a time: beside a larger one it would be padded, and the ViT sees the padding.
+    """
     model.eval()
-    results, loader = [], data.eval_loader(dataset, transform(train=False), 1, args.workers, collate=data.as_lists)
-    for number, ([image], [target]) in enumerate(loader):
-        index = runtime.rank() + number * runtime.world_size()                      # eval_loader's order
+    results = []
+    loader = data.eval_loader(dataset, transform(train=False), 1, args.workers,
+                              collate=data.as_lists)
+    own = range(runtime.rank(), len(dataset), runtime.world_size())     # as eval_loader has them
+    for index, ([image], [target]) in zip(own, loader, strict=True):
         detections = model([image.to(device)])[0]
         results += as_results(detections, dataset.ids[index], dataset.category_ids)
-        if index < args.pictures:
-            draw(image, detections, target, dataset.classes, Path(args.output, f"picture-{index}.png"))
+        if index < PICTURES:
+            path = Path(args.output, f"picture-{index}.png")
+            draw(image, detections, target, dataset.classes, path)
     model.train()
-    parts = [results]
+
+    parts = [results]                                       # of each rank
+    row = [None]                                            # a list: what torch.distributed sends
     if dist.is_initialized():
         parts = [None] * dist.get_world_size() if runtime.rank() == 0 else None
         dist.gather_object(results, parts)
-    row = [None]
     if runtime.rank() == 0:
-        row = [average_precision(ground_truth(dataset), [result for part in parts for result in part])]
+        row = [average_precision(ground_truth(dataset), sum(parts, []))]
     if dist.is_initialized():
         dist.broadcast_object_list(row)
     return dict(row[0], images=len(dataset))
+
+
+def draw(image, detections, target, classes, path):
+    """Write the image with the detections of score ≥ 0.5, and beside it with the truth."""
+    image = ((image + 1) * 127.5).clamp(0, 255).byte().cpu()
+    sure = detections["scores"].cpu() >= 0.5
+    found = {key: value.cpu()[sure] for key, value in detections.items()}
+    found["masks"] = found["masks"][:, 0] >= 0.5                                # (n, H, W)
+    pictures = []
+    for one in (found, target):
+        picture = image
+        names = [classes[label - 1] for label in one["labels"].tolist()]
+        if names:
+            colours = palette(len(names))
+            masks = one["masks"].bool()
+            picture = draw_segmentation_masks(picture, masks, alpha=0.5, colors=colours)
+            picture = draw_bounding_boxes(picture, one["boxes"], names, colours)
+        pictures.append(picture)
+    save_image(torch.cat(pictures, 2) / 255, path)
 
 
 # ------------------------------------------------------------------------------------------------
 
 def main(args):
     if COCO is None:
-        raise runtime.InputError("COCO's evaluation is missing: pip install pycocotools")
-    device, micro_batch = runtime.device(), runtime.micro_batch(args)
+        raise InputError("COCO's evaluation is missing: pip install pycocotools")
+    device = runtime.device()
     val = load_dataset(args.data, "val", args.image_size)
+    classes = len(val.classes)
+    if args.eval:
+        model = load(args, classes).to(device)
+        model.backbone.autocast = runtime.autocast(args, device)
+        logbook.make_folder(args.output)                    # for the pictures
+        row = evaluate(args, model, val, device)
+        return logbook.report(args, row, init=args.init, split="val")
+
+    # The model, from a checkpoint; its digest is an argument, since another one is another start.
     torch.manual_seed(args.seed)
-    model, model_args, args.init_digest = build(args, len(val.classes))
+    state = {} if args.init == "none" else checkpoint.load(args.init)
+    args.init_digest = state.get("digest")
+    model, model_args = build(args, classes, state)
     model.to(device)
     model.backbone.autocast = runtime.autocast(args, device)
-    if args.eval:
-        runtime.make_folder(args)
-        return runtime.report(args, evaluate(args, model, val, device), init=args.init, split="val")
-    model.backbone.pyramid.vit.checkpoint_activations = args.checkpoint_activations
-    dataset = load_dataset(args.data, "train", args.image_size)
-    indices = dataset.with_objects()                                # others teach little (torchvision's reference)
-    epoch_steps, steps = runtime.total_steps(args, len(indices))
     groups = param_groups(model, args.weight_decay, args.layer_decay, vit="backbone.pyramid.vit")
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
-    modules = dict(model=model)
-    start, best, pending = runtime.resume(args, modules, optimizer)
 
-    loader = data.TrainLoader(dataset, transform(train=True), args, micro_batch, start, steps, device, indices,
-                                data.as_lists)
+    # The data: images with objects, as the others teach little [mmdetection]
+    dataset = load_dataset(args.data, "train", args.image_size)
+    indices = dataset.with_objects()
+
+    # The run: a new one, or from where it stopped
+    run = Run(args, len(indices), optimizer, model_args, modules=dict(model=model))
+    loader = data.TrainLoader(dataset, transform(train=True), args, run.start, run.steps, device,
+                              indices, collate=data.as_lists)
     if args.compile:
         model.backbone.compile()
-    network, caught = runtime.distribute(model, device), runtime.catch_signals()
+    network = run.distribute(model)
 
-    def validate():
-        row = evaluate(args, model, val, device)
-        runtime.log(args, step=done, epoch=done / epoch_steps, split="val", **row)
-        return row["box_ap"]
+    batches = iter(loader)
+    for step in run.progress():
+        if run.due(step):                                # an epoch ended, the run, or a signal came
+            run.save(step)
+            row = evaluate(args, model, val, device)
+            run.log_evaluation(step, split="val", **row)
+            run.keep_best(step, row["box_ap"])
+        if step == run.steps:
+            break
 
-    done = start
-    if pending:                                                     # the run was stopped before it was evaluated
-        best = runtime.checkpoint(args, done, steps, epoch_steps, 0, modules, optimizer, model_args, validate, best)
-    batches, spent, seen, sums = iter(loader), 0.0, 0, {}
-    for step in tqdm(range(start, steps), initial=start, total=steps, disable=None if runtime.rank() == 0 else True):
-        begun = time.time()
-        lr = schedule(step, steps, args.warmup_steps, args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        micro_batches = [next(batches) for _ in range(args.accumulate)]
-        torch.manual_seed(runtime.derive_seed(args.seed, step, runtime.rank()))    # sizes, sampled anchors and boxes, drop path
-        terms = {}
-        for i, (images, targets) in enumerate(micro_batches):
-            network.require_backward_grad_sync = i == args.accumulate - 1          # DDP: all-reduce at the step's end
-            losses = network(images, targets)                                       # of proposals, classes, boxes, masks
+        lr = schedule(step, run.steps, args.warmup_steps, args.lr)
+        runtime.set_lr(optimizer, lr)
+        batch = next(batches)
+        run.seed(step)                              # sizes, sampled anchors and boxes, drop path
+        for images, targets in run.accumulate(batch, network):
+            losses = network(images, targets)               # of proposals, classes, boxes, masks
             loss = sum(losses.values())
             (loss / args.accumulate).backward()
-            for name, term in dict(loss=loss, **losses).items():
-                terms[name] = terms.get(name, 0.0) + term.detach() / args.accumulate
-        terms["grad_norm"] = nn.utils.get_total_norm([p.grad for p in model.parameters()])  # not clipped, as in BEiT's transfers
-        terms, stopped = runtime.check_step(step, terms, caught, device, loader.samples)
+            run.add(loss=loss, **losses)
+        gradients = [p.grad for p in model.parameters()]
+        run.add(grad_norm=nn.utils.get_total_norm(gradients))       # BEiT does not clip here
+        run.check_finite(loader.samples)                    # one rank's NaN stops all of them here
         optimizer.step()
         optimizer.zero_grad()
-
-        sums, seen, done = {k: sums.get(k, 0.0) + v for k, v in terms.items()}, seen + 1, step + 1
-        spent += time.time() - begun                                # without evaluations and checkpoints
-        if done % args.log_every == 0 or done == steps:
-            runtime.log(args, step=done, epoch=done / epoch_steps, **{k: v / seen for k, v in sums.items()}, lr=lr,
-                        images_per_s=seen * args.batch_size / spent)
-            spent, seen, sums = 0.0, 0, {}
-        best = runtime.checkpoint(args, done, steps, epoch_steps, stopped, modules, optimizer, model_args, validate, best)
+        run.log(step + 1, lr=lr)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Stage 3: classification. Fine-tune a pre-trained ViT (PeCo, sec. 4; BEiT), or probe or evaluate one.
+"""Stage 3: classification. Fine-tune a pre-trained ViT (PeCo, Table 1), or probe or evaluate one.
 
     python finetune.py --recipe demo
     python finetune.py --recipe demo --probe knn
     torchrun --nproc-per-node 8 finetune.py
 """
 import math
-import time
 
 import torch
 import torch.distributed as dist
@@ -13,78 +12,156 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2 as T
-from tqdm import tqdm
 
+import checkpoint
 import data
+import logbook
 import runtime
-from model import SIZES, param_groups, transfer
+from logbook import Run
+from model import SIZES, param_groups
+from weights import transfer
 
+PAPER = dict(
+    data="data/imagenet",       # ImageNet-1K [PeCo]
+    init="runs/paper/pretrain",
+    augment="image",            # our choice: BEiT's RandAugment and erasing are of single images
+    image_size=224,             # [PeCo]; 448 for ViT-H's best
+    crop_min=0.08,              # [BEiT]
+    eval_crop=0.875,            # [BEiT]
+    randaugment=27,             # timm's magnitude 9 of 10 [BEiT]
+    erasing=0.25,               # [BEiT]
+    mixup=0.8,                  # [BEiT]
+    cutmix=1.0,                 # [BEiT]
+    smoothing=0.1,              # [BEiT]
+    model="base",               # [PeCo]
+    patch_size=16,              # [PeCo]
+    drop_path=0.1,              # [BEiT]
+    layer_scale=0.1,            # [BEiT]
+    batch_size=1024,            # [BEiT]
+    epochs=100,                 # [PeCo]
+    warmup_epochs=20,           # [PeCo]
+    lr=4e-3,                    # [PeCo]; a cosine to 0 [PeCo]
+    layer_decay=0.65,           # [PeCo]
+    betas=[0.9, 0.999],         # [BEiT]
+    weight_decay=0.05,          # [BEiT]
+)
 RECIPES = {
-    "paper": dict(                          # PeCo: 100 epochs, 20 of warm-up to 4e-3, layer decay 0.65; the rest BEiT's base
-        data="data/imagenet", model="base", image_size=224, patch_size=16, pool="mean", batch_size=1024, epochs=100, lr=4e-3,
-        betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.65, warmup_epochs=20, drop_path=0.1, layer_scale=0.1,
-        crop_min=0.08, eval_crop=0.875, randaugment=27, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1),
-    "cifar": dict(                          # our choice
-        data="data/cifar10", augment="batch", model="tiny", image_size=32, patch_size=4, pool="mean", batch_size=512, epochs=100, lr=2e-3,
-        betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.75, warmup_epochs=5, drop_path=0.1, layer_scale=0.1,
-        crop_min=0.4, eval_crop=1.0, randaugment=14, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1,
-        save_every=10),
-    "cifar-cpu": dict(                      # our choice
-        data="data/cifar10", augment="batch", model="nano", image_size=32, patch_size=8, pool="mean", batch_size=128, epochs=3,
-        lr=3e-3, betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.85, warmup_epochs=0.5, drop_path=0.0, layer_scale=0.1,
-        crop_min=0.5, eval_crop=1.0, randaugment=0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.1, save_every=100),
-    "demo": dict(                           # our choice: few labels
-        data="synthetic:8000", model="nano", image_size=32, patch_size=8, pool="mean", batch_size=50, epochs=40, lr=2e-3,
-        betas=[0.9, 0.999], weight_decay=0.05, layer_decay=0.75, warmup_epochs=4, drop_path=0.0, layer_scale=0.1,
-        crop_min=0.5, eval_crop=1.0, randaugment=0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.1,
-        label_fraction=0.04, save_every=40),
+    "paper": PAPER,
+    "cifar": PAPER | dict(      # our choice
+        data="data/cifar10",
+        init="runs/cifar/pretrain",
+        augment="batch",
+        image_size=32,
+        crop_min=0.4,
+        eval_crop=1.0,
+        randaugment=14,
+        model="tiny",
+        patch_size=4,
+        batch_size=512,
+        warmup_epochs=5,
+        lr=2e-3,
+        layer_decay=0.75,
+        save_every=10,
+    ),
+    "cifar-cpu": PAPER | dict(  # our choice
+        data="data/cifar10",
+        init="runs/cifar-cpu/pretrain",
+        augment="batch",
+        image_size=32,
+        crop_min=0.5,
+        eval_crop=1.0,
+        randaugment=0,
+        erasing=0.0,
+        mixup=0.0,
+        cutmix=0.0,
+        model="nano",
+        patch_size=8,
+        drop_path=0.0,
+        batch_size=128,
+        epochs=3,
+        warmup_epochs=0.5,
+        lr=3e-3,
+        layer_decay=0.85,
+        save_every=100,
+    ),
 }
-HOLDOUT_SEED = 1_000_000                    # one split for every --seed, and not that of their label subsets
+RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice: few labels
+    data="synthetic:8000",
+    init="runs/demo/pretrain",
+    augment="image",
+    label_fraction=0.04,
+    batch_size=50,
+    epochs=40,
+    warmup_epochs=4,
+    lr=2e-3,
+    layer_decay=0.75,
+    save_every=40,
+)
+HOLDOUT_SEED = 1_000_000        # one split for every --seed, and not that of their label subsets
 
 
 def get_args(argv=None):
-    p = runtime.parser(__doc__, "finetune")
-    p.model.add_argument("--init", default="runs/RECIPE/pretrain", help="run or checkpoint of pretrain.py, teacher.py or "
-                   "finetune.py, a file of BEiT's, timm's or MoCo v3's ViT-B, or none: from scratch")
-    p.output.add_argument("--eval", action="store_true", help="only evaluate --init, a fine-tuned model")
-    p.output.add_argument("--probe", choices=["linear", "knn"], help="only classify the frozen features of --init")
-    p.output.add_argument("--probe-layer", type=int, help="block whose features are probed, from 1; default the last")
-    p.data.add_argument("--label-fraction", type=float, default=1.0, help="share of the training images used, the same of each class")
-    p.data.add_argument("--holdout", type=float, default=0.0, help="share of the training images that is kept out of training and "
-                   "evaluated in place of val/: to choose arguments by")
-    p.model.add_argument("--model", choices=SIZES, help="where --init does not say")
-    p.model.add_argument("--patch-size", type=int, help="pixels; where --init does not say")
-    p.model.add_argument("--pool", choices=["mean", "cls"], help="what is classified: the patches' mean or the class token")
-    p.schedule.add_argument("--betas", type=float, nargs=2, help="of AdamW")
-    p.schedule.add_argument("--weight-decay", type=float)
-    p.schedule.add_argument("--layer-decay", type=float, help="the lr of a block is the next one's times this")
-    p.schedule.add_argument("--warmup-epochs", type=float)
-    p.model.add_argument("--drop-path", type=float, help="rate of the last block, rising from 0")
-    p.model.add_argument("--layer-scale", type=float, help="initial value where --init does not say; 0: none")
-    p.data.add_argument("--crop-min", type=float, help="smallest random crop, share of the image's area")
-    p.data.add_argument("--eval-crop", type=float, help="centre crop, share of the side")
-    p.data.add_argument("--randaugment", type=int, help="magnitude of 30 (27 is timm's 9 of 10); 0: none")
-    p.data.add_argument("--erasing", type=float, help="probability of random erasing")
-    p.data.add_argument("--mixup", type=float, help="α; 0: none")
-    p.data.add_argument("--cutmix", type=float, help="α; 0: none")
-    p.schedule.add_argument("--smoothing", type=float, help="of the labels")
-    p.schedule.add_argument("--ema-decay", type=float, default=0.0, help="evaluate an average of the weights; 0: none")
-    p.hardware.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
+    p = runtime.parser("finetune", __doc__)
+    p.add_argument("--init",
+                   help="what to begin from: run or checkpoint of pretrain.py, teacher.py or "
+                        "finetune.py, a file of BEiT's, timm's or MoCo v3's, or none: from scratch")
+    p.add_argument("--eval", action="store_true", help="only evaluate --init, a fine-tuned model")
+    p.add_argument("--probe", choices=["linear", "knn"],
+                   help="only classify the frozen features of --init")
+    p.add_argument("--probe-layer", type=int,
+                   help="block whose features are probed, from 1; by default the last")
+    p.add_argument("--label-fraction", type=float, default=1.0,
+                   help="share of the training images used, the same of each class, 0 to 1")
+    p.add_argument("--holdout", type=float, default=0.0,
+                   help="share of the training images kept out of training and evaluated in place "
+                        "of val/: to choose hyper-parameters by, 0 to 1")
+    p.add_argument("--model", choices=SIZES, help="size of the ViT, where --init does not say")
+    p.add_argument("--patch-size", type=int,
+                   help="side of a patch, pixels, where --init does not say")
+    p.add_argument("--drop-path", type=float,
+                   help="rate of the last block, rising from 0 at the first")
+    p.add_argument("--layer-scale", type=float,
+                   help="initial value, where --init does not say; 0: no layer scale")
+    p.add_argument("--randaugment", type=int, help="magnitude of RandAugment, 0 (none) to 30")
+    p.add_argument("--erasing", type=float, help="probability of random erasing, 0 to 1")
+    p.add_argument("--mixup", type=float, help="α of mixup; 0: no mixup")
+    p.add_argument("--cutmix", type=float, help="α of cutmix; 0: no cutmix")
+    p.add_argument("--smoothing", type=float, help="label smoothing, 0 to 1")
+    p.add_argument("--betas", type=float, nargs=2, help="AdamW's β₁ and β₂")
+    p.add_argument("--weight-decay", type=float, help="AdamW's weight decay, of matrices")
+    p.add_argument("--layer-decay", type=float,
+                   help="factor of the lr from one block to the one before it")
+    p.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up of the lr")
+    p.add_argument("--ema-decay", type=float, default=0.0,
+                   help="decay of averaged weights, which are then evaluated; 0: none")
+    p.add_argument("--eval-crop", type=float, help="centre crop in evaluation, share of the side")
+    p.add_argument("--checkpoint-activations", action="store_true",
+                   help="recompute blocks in the backward pass: less memory, a third more time")
+    data.add_arguments(p)
     return runtime.parse(p, RECIPES, argv)
 
 
-def build(args, classes):
-    """The ViT that --init asks for → (model, its arguments, digest of --init). classes = 0: its features only."""
-    state = runtime.load_checkpoint(args.init) if args.init != "none" else {}
-    own = dict(SIZES[args.model], patch_size=args.patch_size, positions="block", layer_scale=args.layer_scale)
-    pool = state.get("model_args", {}).get("pool", args.pool) if args.eval else args.pool
-    model, own, missing = transfer(f"--init {args.init}", state, own, image_size=args.image_size, drop_path=args.drop_path,
-                                   classes=classes, pool=pool)
-    if args.eval and missing:
-        raise runtime.InputError(f"--init {args.init}: no classifier of {classes} classes in it (it lacks {', '.join(missing[:3])}): "
-                                 "fine-tune it first, or name a run that was")
-    return model, own, state.get("digest")
+def build(args, classes, state):
+    """The ViT of a checkpoint (state; {}: from scratch), and the arguments to build it again.
 
+    classes: number of them; 0: features alone.
+    """
+    arguments = dict(
+        SIZES[args.model], patch_size=args.patch_size, layer_scale=args.layer_scale,
+        positions="block")                                  # a bias for each block [BEiT]
+    model, model_args, missing = transfer(
+        f"--init {args.init}", state, arguments,
+        image_size=args.image_size, drop_path=args.drop_path, classes=classes)
+    if args.eval and missing:
+        raise runtime.InputError(
+            f"--init {args.init}: no classifier of {classes} classes in it (it lacks "
+            f"{', '.join(missing[:3])}): fine-tune it first, or name a run that was")
+    model.checkpoint_activations = args.checkpoint_activations
+    return model, model_args
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
 
 def val_loader(args, dataset, indices=None):
     transform = data.eval_transform(args.image_size, args.eval_crop)
@@ -93,169 +170,191 @@ def val_loader(args, dataset, indices=None):
 
 @torch.no_grad()
 def evaluate(args, model, dataset, device, indices=None):
-    """Top-1 and top-5 in % over every validation image exactly once, whatever the number of ranks."""
+    """Top-1 and top-5 accuracy in %, over every image once, on any number of ranks."""
     model.eval()
-    sums = torch.zeros(3, device=device, dtype=torch.float64)
+    hits1, hits5, images = torch.zeros(3, dtype=torch.float64, device=device)
     autocast = runtime.autocast(args, device)
-    for images, labels in val_loader(args, dataset, indices):
+    for pixels, labels in val_loader(args, dataset, indices):
         labels = labels.to(device)
         with autocast:
-            logits = model(images.to(device))
-        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        sums += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), torch.tensor(len(labels), device=device)])
+            logits = model(pixels.to(device))                                   # (B, classes)
+        best = logits.topk(min(5, logits.shape[1])).indices                     # (B, 5)
+        right = best == labels[:, None]
+        hits1 += right[:, 0].sum()
+        hits5 += right.any(1).sum()
+        images += len(labels)
     if dist.is_initialized():
-        dist.all_reduce(sums)
+        for total in (hits1, hits5, images):
+            dist.all_reduce(total)
     model.train()
-    top1, top5, images = sums.tolist()
-    return dict(top1=100 * top1 / images, top5=100 * top5 / images, images=int(images))
+    return dict(top1=100 * (hits1 / images).item(), top5=100 * (hits5 / images).item(),
+                images=int(images))
 
 
 # ------------------------------------------------------------------------------------------------
-# Probes of frozen features: the patches' mean (or the class token) after a block, not augmented
+# Probes of frozen features: the mean of the patches after a block, of images not augmented
+
+def probe(args, model, dataset, indices, val, val_indices, device):
+    """Top-1 accuracy in % of a classifier of frozen features, on rank 0."""
+    train, train_labels = extract(args, model, dataset, device, indices)
+    features, labels = extract(args, model, val, device, val_indices)
+    if runtime.rank() > 0:
+        return {}
+    classify = knn if args.probe == "knn" else linear_probe
+    predictions = classify(train, train_labels, features, len(val.classes))
+    top1 = (predictions == labels).float().mean().item()
+    return dict(probe=args.probe, top1=100 * top1, images=len(labels))
+
 
 @torch.no_grad()
 def extract(args, model, dataset, device, indices=None):
-    """Features (images, D) and labels (images,) of a data set, on rank 0 those of all ranks."""
-    rows, labels, layer, autocast = [], [], args.probe_layer or len(model.blocks), runtime.autocast(args, device)
+    """Features (images, D) and labels (images,) of a dataset; on rank 0 those of all ranks."""
+    layer = args.probe_layer or len(model.blocks)
     if not 1 <= layer <= len(model.blocks):
-        raise runtime.InputError(f"--probe-layer {layer}: the ViT has blocks 1 to {len(model.blocks)}")
-    for images, target in val_loader(args, dataset, indices):
+        raise runtime.InputError(
+            f"--probe-layer {layer}: the ViT has blocks 1 to {len(model.blocks)}")
+    autocast = runtime.autocast(args, device)
+    features, labels = [], []
+    for images, targets in val_loader(args, dataset, indices):
         with autocast:
-            tokens = model.tokens(images.to(device), [layer])[0]
-        tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])
-        rows.append((tokens[:, 1:].mean(1) if args.pool == "mean" else tokens[:, 0]).cpu())
-        labels.append(target)
-    part = (torch.cat(rows), torch.cat(labels))
-    parts = [part]
+            x = model.tokens(images.to(device), [layer])[0]                     # (B, 1+N, D)
+        x = F.layer_norm(x.float(), x.shape[-1:])
+        features.append(x[:, 1:].mean(1).cpu())                                 # (B, D)
+        labels.append(targets)
+    own = (torch.cat(features), torch.cat(labels))
+    parts = [own]
     if dist.is_initialized():
         parts = [None] * dist.get_world_size() if runtime.rank() == 0 else None
-        dist.gather_object(part, parts)
-    return [torch.cat(tensors).to(device) for tensors in zip(*(parts or [part]))]
+        dist.gather_object(own, parts)
+        if parts is None:                                   # the other ranks have no more to do
+            parts = [own]
+    features, labels = zip(*parts, strict=True)
+    return torch.cat(features).to(device), torch.cat(labels).to(device)
 
 
 def knn(train, train_labels, val, classes, k=20, temperature=0.07):
-    """Predicted classes by the weighted k nearest neighbours in cosine (k, temperature: DINO, 2104.14294)."""
+    """Classes of val by the weighted k nearest neighbours in cosine (k, temperature: DINO)."""
     train = F.normalize(train, dim=1)
     predictions = []
     for rows in F.normalize(val, dim=1).split(1024):
-        similarity, neighbours = (rows @ train.T).topk(min(k, len(train)))
+        similarity, neighbours = (rows @ train.T).topk(min(k, len(train)))      # (1024, k)
         votes = torch.zeros(len(rows), classes, device=rows.device)
         votes.scatter_add_(1, train_labels[neighbours], (similarity / temperature).exp())
         predictions.append(votes.argmax(1))
     return torch.cat(predictions)
 
 
-def linear_probe(train, train_labels, val, classes, features=lambda rows: rows, steps=2000, batch=1024, lr=1e-2, weight_decay=1e-4):
-    """Predicted classes by a linear layer on standardised features; every constant here is our choice. features: makes
-    them of rows of train or val, a block at a time, where all would take too much memory."""
-    sums = squares = 0.0
-    for rows in train.split(batch):
-        x = features(rows).double()
-        sums, squares = sums + x.sum(0), squares + x.square().sum(0)
-    mean = (sums / len(train)).float()
-    std = (squares / len(train) - (sums / len(train)).square()).clamp(min=0).sqrt().float()
-    std[std < 1e-6] = math.inf                                      # constant in training: no feature
+def linear_probe(train, train_labels, val, classes, steps=2000, batch=1024, lr=1e-2,
+                 weight_decay=1e-4):
+    """Classes of val by a linear layer on standardised features. All constants are our choice."""
+    mean, std = train.mean(0), train.std(0)
+    std[std < 1e-6] = math.inf                              # constant in training: no feature
     torch.manual_seed(0)
-    layer = nn.Linear(len(mean), classes).to(train.device)
+    layer = nn.Linear(train.shape[1], classes).to(train.device)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=lr, weight_decay=weight_decay)
     for step in range(steps):
+        runtime.set_lr(optimizer, runtime.cosine(step, steps, 0, lr))
         rows = torch.randint(len(train), (min(batch, len(train)),)).to(train.device)
-        optimizer.param_groups[0]["lr"] = runtime.cosine(step, steps, 0, lr)
-        F.cross_entropy(layer((features(train[rows]) - mean) / std), train_labels[rows]).backward()
+        logits = layer((train[rows] - mean) / std)                              # (batch, classes)
+        F.cross_entropy(logits, train_labels[rows]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return torch.cat([layer((features(rows) - mean) / std).argmax(1) for rows in val.split(batch)])
-
-
-def probe(args, model, dataset, indices, val, val_indices, device):
-    """Top-1 in % of a classifier of frozen features, on rank 0."""
-    train, labels = extract(args, model, dataset, device, indices)
-    features, targets = extract(args, model, val, device, val_indices)
-    if runtime.rank():
-        return {}
-    predictions = (knn if args.probe == "knn" else linear_probe)(train, labels, features, len(val.classes))
-    return dict(probe=args.probe, top1=100 * (predictions == targets).float().mean().item(), images=len(targets))
+    with torch.no_grad():
+        return layer((val - mean) / std).argmax(1)
 
 
 # ------------------------------------------------------------------------------------------------
 
 def main(args):
-    device, micro_batch = runtime.device(), runtime.micro_batch(args)
+    device = runtime.device()
     val = data.load_dataset(args.data, "val", args.image_size)
+    classes = len(val.classes)
+
+    # The model, from a checkpoint; its digest is an argument, since another one is another start.
     torch.manual_seed(args.seed)
-    model, model_args, args.init_digest = build(args, 0 if args.probe else len(val.classes))
+    state = {} if args.init == "none" else checkpoint.load(args.init)
+    args.init_digest = state.get("digest")
+    model, model_args = build(args, 0 if args.probe else classes, state)
     model.to(device)
-    model.checkpoint_activations = args.checkpoint_activations
-    val_indices = None
+
+    # The images: of training, by --label-fraction, and of evaluation, by --holdout
+    split, val_indices = "val", None
     if args.holdout or not args.eval:
         dataset = data.load_dataset(args.data, "train", args.image_size)
         indices = data.label_subset(dataset.targets, args.label_fraction, args.seed)
     if args.holdout:
-        val, val_indices = dataset, data.label_subset(dataset.targets, args.holdout, HOLDOUT_SEED)
+        split, val = "holdout", dataset
+        val_indices = data.label_subset(dataset.targets, args.holdout, HOLDOUT_SEED)
         indices = sorted(set(indices).difference(val_indices))
-    of = dict(init=args.init, split="holdout" if args.holdout else "val")
     if args.eval:
-        return runtime.report(args, evaluate(args, model, val, device, val_indices), **of)
+        row = evaluate(args, model, val, device, val_indices)
+        return logbook.report(args, row, init=args.init, split=split)
     if args.probe:
-        return runtime.report(args, probe(args, model.eval(), dataset, indices, val, val_indices, device), **of)
+        row = probe(args, model.eval(), dataset, indices, val, val_indices, device)
+        return logbook.report(args, row, init=args.init, split=split)
 
-    epoch_steps, steps = runtime.total_steps(args, len(indices))
+    # The optimizer; the average of the weights, if there is one, is what is evaluated
     groups = param_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
     modules = dict(model=model)
+    evaluated = model
     if args.ema_decay:
-        modules["ema"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
-    start, best, pending = runtime.resume(args, modules, optimizer)
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
+        modules["ema"] = average
+        evaluated = average.module
 
-    transform = data.finetune_transform(args.image_size, args.crop_min, args.randaugment, args.erasing, args.augment)
-    loader = data.TrainLoader(dataset, transform, args, micro_batch, start, steps, device, indices)
-    mixes = [kind(alpha=alpha, num_classes=len(val.classes))
-             for kind, alpha in ((T.MixUp, args.mixup), (T.CutMix, args.cutmix)) if alpha]
-    mix = T.RandomChoice(mixes) if mixes else None                  # either, at even odds
+    # The run: a new one, or from where it stopped
+    run = Run(args, len(indices), optimizer, model_args, modules)
+    transform = data.finetune_transform(
+        args.image_size, args.crop_min, args.randaugment, args.erasing, args.augment)
+    loader = data.TrainLoader(dataset, transform, args, run.start, run.steps, device, indices)
+    mix = mixer(args, classes)
     if args.compile:
         model.compile()
-    network, autocast, caught = runtime.distribute(model, device), runtime.autocast(args, device), runtime.catch_signals()
+    network = run.distribute(model)
+    autocast = runtime.autocast(args, device)
+    warmup = args.warmup_epochs * run.epoch_steps
 
-    def validate():
-        row = evaluate(args, modules["ema"].module if args.ema_decay else model, val, device, val_indices)
-        runtime.log(args, step=done, epoch=done / epoch_steps, split="holdout" if args.holdout else "val", **row)
-        return row["top1"]
+    batches = iter(loader)
+    for step in run.progress():
+        if run.due(step):                                # an epoch ended, the run, or a signal came
+            run.save(step)
+            row = evaluate(args, evaluated, val, device, val_indices)
+            run.log_evaluation(step, split=split, **row)
+            run.keep_best(step, row["top1"])
+        if step == run.steps:
+            break
 
-    done = start
-    if pending:                                                     # the run was stopped before it was evaluated
-        best = runtime.checkpoint(args, done, steps, epoch_steps, 0, modules, optimizer, model_args, validate, best)
-    batches, spent, seen, sums = iter(loader), 0.0, 0, {}
-    for step in tqdm(range(start, steps), initial=start, total=steps, disable=None if runtime.rank() == 0 else True):
-        begun = time.time()
-        lr = runtime.cosine(step, steps, args.warmup_epochs * epoch_steps, args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        micro_batches = [next(batches) for _ in range(args.accumulate)]
-        torch.manual_seed(runtime.derive_seed(args.seed, step, runtime.rank()))    # mixup, cutmix, drop path
-        terms = {}
-        for i, (images, labels) in enumerate(micro_batches):
+        lr = runtime.cosine(step, run.steps, warmup, args.lr)
+        runtime.set_lr(optimizer, lr)                       # times each layer's own factor
+        batch = next(batches)
+        run.seed(step)                                      # mixup, cutmix, drop path
+        for images, labels in run.accumulate(batch, network):
             if mix:
-                images, labels = mix(images, labels)                                # labels → (B, classes)
-            network.require_backward_grad_sync = i == args.accumulate - 1          # DDP: all-reduce at the step's end
+                images, labels = mix(images, labels)                           # labels (B, classes)
             with autocast:
-                logits = network(images)                                            # (B, classes)
+                logits = network(images)                                        # (B, classes)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing)
             (loss / args.accumulate).backward()
-            terms["loss"] = terms.get("loss", 0.0) + loss.detach() / args.accumulate
-        terms["grad_norm"] = nn.utils.get_total_norm([p.grad for p in model.parameters()])  # BEiT does not clip here
-        terms, stopped = runtime.check_step(step, terms, caught, device, loader.samples)
+            run.add(loss=loss)
+        gradients = [p.grad for p in model.parameters()]
+        run.add(grad_norm=nn.utils.get_total_norm(gradients))       # BEiT does not clip here
+        run.check_finite(loader.samples)                    # one rank's NaN stops all of them here
         optimizer.step()
         optimizer.zero_grad()
         if args.ema_decay:
-            modules["ema"].update_parameters(model)
+            average.update_parameters(model)
+        run.log(step + 1, lr=lr)
 
-        sums, seen, done = {k: sums.get(k, 0.0) + v for k, v in terms.items()}, seen + 1, step + 1
-        spent += time.time() - begun                                # without evaluations and checkpoints
-        if done % args.log_every == 0 or done == steps:
-            runtime.log(args, step=done, epoch=done / epoch_steps, **{k: v / seen for k, v in sums.items()}, lr=lr,
-                        images_per_s=seen * args.batch_size / spent)
-            spent, seen, sums = 0.0, 0, {}
-        best = runtime.checkpoint(args, done, steps, epoch_steps, stopped, modules, optimizer, model_args, validate, best)
+
+def mixer(args, classes):
+    """Mixup or cutmix at even odds, the one that is on, or None."""
+    kinds = []
+    if args.mixup:
+        kinds.append(T.MixUp(alpha=args.mixup, num_classes=classes))
+    if args.cutmix:
+        kinds.append(T.CutMix(alpha=args.cutmix, num_classes=classes))
+    return T.RandomChoice(kinds) if kinds else None
 
 
 if __name__ == "__main__":

@@ -19,24 +19,46 @@ import segment
 import teacher
 import tokenizer
 
-torch.set_num_threads(1)                                   # bits depend on it; the tensors are too small to share out
+# Bits depend on the number of threads, and the tensors are too small to share out.
+torch.set_num_threads(1)
 
-STAGES = {module.__name__: module for module in (teacher, tokenizer, pretrain, finetune, segment)}
-if detect.COCO is not None:                                # pycocotools is optional
+STAGES = {
+    "teacher": teacher,
+    "tokenizer": tokenizer,
+    "pretrain": pretrain,
+    "finetune": finetune,
+    "segment": segment,
+}
+if detect.COCO is not None:                                 # pycocotools is optional
     STAGES["detect"] = detect
-# an epoch is 4 steps, the run 6: one evaluation in its midst, one at its end
-COMMON = ["--recipe", "demo", "--data", "synthetic:64", "--batch-size", "16", "--steps", "6", "--log-every", "2",
-          "--save-every", "1", "--workers", "0", "--amp", "fp32"]
-# whatever is random is on: revived codes, drop path, mixing
-OWN = {"teacher": [], "tokenizer": ["--codebook-size", "32", "--decay", "0.8", "--revive", "0.3"],
-       "pretrain": ["--drop-path", "0.1"], "finetune": ["--label-fraction", "1", "--mixup", "0.8", "--drop-path", "0.1"],
-       "segment": ["--image-size", "32", "--drop-path", "0.1"],
-       "detect": ["--image-size", "32", "--min-size", "24", "--max-size", "32", "--channels", "16", "--boxes", "16",
-                  "--drop-path", "0.1"]}
+
+# An epoch is 4 steps, the run 6: one evaluation in its midst, one at its end.
+COMMON = [
+    "--recipe", "demo",
+    "--data", "synthetic:64",
+    "--batch-size", "16",
+    "--steps", "6",
+    "--log-every", "2",
+    "--save-every", "1",
+    "--workers", "0",
+    "--amp", "fp32",
+]
+# Whatever is random is on: revived codes, drop path, mixing.
+OWN = {
+    "teacher": [],
+    "tokenizer": ["--codebook-size", "32", "--decay", "0.8", "--revive", "0.3"],
+    "pretrain": ["--drop-path", "0.1"],
+    "finetune": ["--label-fraction", "1", "--mixup", "0.8", "--drop-path", "0.1"],
+    "segment": ["--image-size", "32", "--drop-path", "0.1"],
+    "detect": ["--image-size", "32", "--min-size", "24", "--max-size", "32", "--channels", "16",
+               "--boxes", "16", "--drop-path", "0.1"],
+}
+# What stops a run. A stage catches both for good.
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
 
 def end_workers():
-    """A loader's workers ignore SIGTERM: after an error in one, its iterator would wait ten seconds for it to end."""
+    """A loader's workers ignore SIGTERM: after an error in one, its iterator would wait for it."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -48,10 +70,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if "long" not in config.option.markexpr:
-        chosen = [item for item in items if "long" not in item.keywords]
-        config.hook.pytest_deselected(items=[item for item in items if "long" in item.keywords])
-        items[:] = chosen
+    if "long" in config.option.markexpr:
+        return
+    config.hook.pytest_deselected(items=[item for item in items if "long" in item.keywords])
+    items[:] = [item for item in items if "long" not in item.keywords]
 
 
 def pytest_sessionfinish():
@@ -72,18 +94,21 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def signals():
-    """A stage catches SIGTERM and SIGINT for good: give them back, so that Ctrl-C still stops the tests."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Give SIGTERM and SIGINT back, so that Ctrl-C still stops the tests."""
     yield
-    for number, handler in kept.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
-    """All stages, trained once: .root is the folder of all, .teacher, .tokenizer, … are their runs,
-    .inputs the flags by which a stage run elsewhere reads the one before."""
-    root, before = tmp_path_factory.mktemp("chain"), os.getcwd()
+    """All stages, trained once.
+
+    .root: the folder of all; .teacher, .tokenizer, …: their runs; .inputs: the flags by which a
+    stage that runs elsewhere reads the one before.
+    """
+    root = tmp_path_factory.mktemp("chain")
+    before = os.getcwd()
     os.chdir(root)
     try:
         for stage in STAGES:
@@ -91,7 +116,12 @@ def chain(tmp_path_factory):
     finally:
         os.chdir(before)
     runs = {stage: root / "runs" / "demo" / stage for stage in STAGES}
-    inputs = {"teacher": [], "tokenizer": ["--perceptual", str(runs["teacher"])],
-              "pretrain": ["--tokenizer", str(runs["tokenizer"])],
-              **{stage: ["--init", str(runs["pretrain"])] for stage in ("finetune", "segment", "detect")}}
+    inputs = {
+        "teacher": [],
+        "tokenizer": ["--perceptual", str(runs["teacher"])],
+        "pretrain": ["--tokenizer", str(runs["tokenizer"])],
+        "finetune": ["--init", str(runs["pretrain"])],
+        "segment": ["--init", str(runs["pretrain"])],
+        "detect": ["--init", str(runs["pretrain"])],
+    }
     return SimpleNamespace(root=root, inputs=inputs, **runs)

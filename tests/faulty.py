@@ -1,13 +1,16 @@
-"""A stage with a fault in it, for test_faults.py: by fork, or under torchrun (faulty.py STAGE FAULT… -- FLAGS…).
+"""A stage with faults in it, for test_faults.py: by fork, or under torchrun.
+
+    torchrun … faulty.py STAGE FAULT… -- FLAGS…
 
 A fault is NAME or NAME=VALUE:
-    record=FOLDER   writes there what each rank's every batch held, and the digest of all that is trained after each step
-                    and at the process's end
+    record=FOLDER   writes there what each rank's every batch held, and the digest of all that is
+                    trained after each step and at the process's end
     double          computes in float64
     kill=STEP       the last rank kills itself in that step, once
     stop=STEP       the last rank stops itself (SIGSTOP) in that step
     nan=loss|grad   the last rank's loss or one of its gradients is NaN in step 2
-    touch=WHERE     creates the file TOUCHED in the first step, in the evaluation or in a save, and waits a little there
+    touch=WHERE     creates the file TOUCHED in the first step, in the evaluation or in a save, and
+                    waits a little there
     timeout=SECONDS for a rank that hangs
 """
 import atexit
@@ -26,66 +29,136 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
 import runtime
+from checkpoint import digest
+from logbook import Run
 
 
 def last_rank():
     return runtime.rank() == runtime.world_size() - 1
 
 
-def before_step(action):
-    """Call action(step, terms) before runtime.check_step."""
-    check = runtime.check_step
+def before_check(action):
+    """Call action(run) before Run.check_finite."""
+    check_finite = Run.check_finite
 
-    def wrapped(step, terms, *rest):
-        action(step, terms)
-        return check(step, terms, *rest)
-    runtime.check_step = wrapped
+    def wrapped(self, samples):
+        action(self)
+        check_finite(self, samples)
+    Run.check_finite = wrapped
 
 
 def record(folder):
-    """FOLDER/rank-R.jsonl: {"batch": step, "samples": a digest of each} and {"step": step, "digest": of weights and optimizer}."""
+    """Two kinds of rows in FOLDER/rank-R.jsonl, as test_faults.record reads them.
+
+    {"batch": step, "samples": a digest of each} and {"step": step, "digest": of weights and
+    optimizer}.
+    """
     Path(folder).mkdir(exist_ok=True)
-    live, resume, iterate, checkpoint = [], runtime.resume, data.TrainLoader.__iter__, runtime.checkpoint
+    number = None                                    # at the process's end there is no group to ask
+    begin = Run.__init__
+    iterate = data.TrainLoader.__iter__
+    log = Run.log
 
     def write(**row):
-        with open(Path(folder) / f"rank-{live[3]}.jsonl", "a") as file:
+        with open(Path(folder) / f"rank-{number}.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def keep(args, modules, optimizer):
-        live[:] = [args, modules, optimizer, runtime.rank()]    # at the process's end there is no group to ask
-        return resume(args, modules, optimizer)
+    def write_digest(run, step):
+        trained = [module.state_dict() for module in run.modules.values()]
+        write(step=step, digest=digest([*trained, run.optimizer.state_dict()["state"]]))
 
-    def watched(self):
-        step, parts = self.batches.start, 0
-        for inputs, labels in iterate(self):
-            tensors = inputs if isinstance(inputs, (list, tuple)) else [inputs]
-            detection = isinstance(labels, list)            # a list of images, not one of views
-            rows = ([runtime.digest([image, label]) for image, label in zip(inputs, labels)] if detection else
-                    [runtime.digest([tensor[i] for tensor in tensors]) for i in range(len(labels))])
-            write(batch=step, samples=rows)
-            parts += 1
-            step, parts = (step + 1, 0) if parts == live[0].accumulate else (step, parts)
-            yield inputs, labels
+    def watched_begin(self, *arguments, **keywords):
+        nonlocal number
+        number = runtime.rank()
+        begin(self, *arguments, **keywords)
+        atexit.register(write_digest, self, -1)
 
-    def digest(step):
-        write(step=step, digest=runtime.digest([*(m.state_dict() for m in live[1].values()), live[2].state_dict()["state"]]))
+    def watched_iterate(self):
+        for step, batch in enumerate(iterate(self), self.batches.start):
+            samples = []
+            for inputs, labels in batch:
+                samples += digests(inputs, labels)
+            write(batch=step, samples=samples)
+            yield batch
 
-    def digests(args, step, *rest):                        # called at each step's end
-        digest(step)
-        return checkpoint(args, step, *rest)
-    runtime.resume, data.TrainLoader.__iter__, runtime.checkpoint = keep, watched, digests
-    atexit.register(lambda: digest(-1))
+    def watched_log(self, step, **more):                    # called at each step's end
+        write_digest(self, step)
+        log(self, step, **more)
+
+    Run.__init__ = watched_begin
+    data.TrainLoader.__iter__ = watched_iterate
+    Run.log = watched_log
+
+
+def digests(inputs, labels):
+    """A digest of each sample of a micro-batch."""
+    if isinstance(labels, list):                            # detection: images and targets in lists
+        return [digest([image, target]) for image, target in zip(inputs, labels, strict=True)]
+    tensors = inputs if isinstance(inputs, (list, tuple)) else [inputs]     # several: views, masks
+    return [digest([tensor[i] for tensor in tensors]) for i in range(len(labels))]
 
 
 def double():
     torch.set_default_dtype(torch.float64)
-    torch.Tensor.float = torch.Tensor.double               # the losses are taken in fp32 otherwise
+    torch.Tensor.float = torch.Tensor.double                # the losses are taken in fp32 otherwise
     to_device = data.to_device
 
     def moved(batch, device):
         batch = to_device(batch, device)
-        return batch.double() if torch.is_tensor(batch) and batch.is_floating_point() else batch
+        if torch.is_tensor(batch) and batch.is_floating_point():
+            return batch.double()
+        return batch
     data.to_device = moved
+
+
+def strike(step, number):
+    """The last rank sends itself a signal in a step, once."""
+    def act(run):
+        if run.step == step and last_rank() and not Path("struck").exists():
+            Path("struck").touch()
+            os.kill(os.getpid(), number)
+    before_check(act)
+
+
+def nan_in_loss():
+    def poison(run):
+        if run.step == 2 and last_rank():
+            run.terms["loss"] = [torch.tensor(math.nan)]
+    before_check(poison)
+
+
+def nan_in_gradient():
+    distribute = Run.distribute
+
+    def poisoned(self, module):
+        def poison(gradient):
+            return gradient * math.nan if self.step == 2 and last_rank() else gradient
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        parameters[-1].register_hook(poison)
+        return distribute(self, module)
+    Run.distribute = poisoned
+
+
+def touch(where):
+    def once():
+        if not Path("touched").exists():
+            Path("touched").touch()
+            time.sleep(2)
+
+    def in_first_step(run):
+        if run.step == 0:
+            once()
+
+    if where == "step":
+        before_check(in_first_step)
+        return
+    owner, attribute = (torch, "save") if where == "save" else (data, "eval_loader")
+    original = getattr(owner, attribute)
+
+    def wrapped(*arguments, **keywords):
+        once()
+        return original(*arguments, **keywords)
+    setattr(owner, attribute, wrapped)
 
 
 def inject(fault):
@@ -94,43 +167,18 @@ def inject(fault):
         record(value)
     elif name == "double":
         double()
-    elif name in ("kill", "stop"):
-        def strike(step, terms):
-            if step == int(value) and last_rank() and not Path("struck").exists():
-                Path("struck").touch()
-                os.kill(os.getpid(), signal.SIGKILL if name == "kill" else signal.SIGSTOP)
-        before_step(strike)
-    elif name == "nan":
-        now, distribute = [0], runtime.distribute
-
-        def count(step, terms):
-            if step == 2 and last_rank() and value == "loss":
-                terms["loss"] = torch.tensor(math.nan)
-            now[0] = step + 1                              # the step that comes next
-
-        def poisoned(module, device):
-            parameter = [p for p in module.parameters() if p.requires_grad][-1]
-            parameter.register_hook(lambda grad: grad * math.nan if now[0] == 2 and last_rank() and value == "grad" else grad)
-            return distribute(module, device)
-        before_step(count)
-        runtime.distribute = poisoned
+    elif name == "kill":
+        strike(int(value), signal.SIGKILL)
+    elif name == "stop":
+        strike(int(value), signal.SIGSTOP)
+    elif fault == "nan=loss":
+        nan_in_loss()
+    elif fault == "nan=grad":
+        nan_in_gradient()
+    elif name == "touch":
+        touch(value)
     elif name == "timeout":
         runtime.TIMEOUT = timedelta(seconds=float(value))
-    elif name == "touch":
-        def touch():
-            if not Path("touched").exists():
-                Path("touched").touch()
-                time.sleep(2)
-        if value == "step":
-            before_step(lambda step, terms: touch() if step == 0 else None)
-        else:
-            owner, attribute = (torch, "save") if value == "save" else (data, "eval_loader")
-            original = getattr(owner, attribute)
-
-            def wrapped(*arguments, **keywords):
-                touch()
-                return original(*arguments, **keywords)
-            setattr(owner, attribute, wrapped)
     else:
         raise ValueError(fault)
 
@@ -139,7 +187,8 @@ def main(stage, faults, flags):
     from conftest import COMMON, OWN, STAGES
     for fault in faults:
         inject(fault)
-    runtime.launch(STAGES[stage].main, STAGES[stage].get_args([*COMMON, *OWN[stage], *flags]))
+    args = STAGES[stage].get_args([*COMMON, *OWN[stage], *flags])
+    runtime.launch(STAGES[stage].main, args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,12 @@
-"""Computations on this rank's share of a fixed global batch: test_distributed.py runs them in one process, and
-under torchrun (python -m torch.distributed.run … ranks.py FOLDER), where each rank saves what it got."""
+"""Computations on this rank's share of a fixed global batch.
+
+test_distributed.py runs them in one process, and under torchrun (torchrun … ranks.py FOLDER), where
+each rank saves what it got.
+"""
 import copy
+import math
+import os
+import signal
 import sys
 import tempfile
 from argparse import Namespace
@@ -17,7 +23,9 @@ import finetune
 import runtime
 import segment
 import teacher
+from logbook import Run
 from model import Quantizer, VisionTransformer
+from scenes import Scenes, Synthetic
 
 CPU = torch.device("cpu")
 
@@ -31,12 +39,30 @@ def share(batch):
     return batch.chunk(runtime.world_size())[runtime.rank()]
 
 
+def last_rank():
+    return runtime.rank() == runtime.world_size() - 1
+
+
+def new_run(module, folder=None):
+    """A run of a hundred steps, by default in a new folder of its own on each rank."""
+    folder = folder or tempfile.mkdtemp()
+    args = Namespace(stage="pretrain", output=folder, batch_size=8, epochs=None, steps=100, seed=0,
+                     resume="auto", save_every=100, log_every=100)
+    optimizer = torch.optim.SGD(list(module.named_parameters()), lr=0.1)
+    return Run(args, 8, optimizer, model_args={}, modules=dict(model=module))
+
+
 def quantizer():
-    """Initialise, then three updates of two micro-batches each; codes are revived, as a twin shows that revives none."""
-    q, history = Quantizer(size=24, dim=4, decay=0.5, revive=0.9).double(), {}
+    """Initialise, then three updates of two micro-batches each.
+
+    Codes are revived, as a twin shows that revives none.
+    """
+    q = Quantizer(size=24, dim=4, decay=0.5, revive=0.9).double()
+    history = {}
     for step in range(4):
         for micro_batch in range(2):
-            q(share(torch.randn(8, 4, 3, 3, generator=seeded(10 * step + micro_batch)).double() + step))
+            z = torch.randn(8, 4, 3, 3, generator=seeded(10 * step + micro_batch)).double()
+            q(share(z + step))
         if step == 0:
             q.initialize(seeded(step))
         else:
@@ -57,20 +83,22 @@ def batch_norm():
     x = share(whole).requires_grad_()
     y = norm(x)
     weights = share(torch.randn(12, 5, generator=seeded(2)).double())
-    (y * weights).sum().backward()                         # summed over ranks: the gradient of the whole
+    (y * weights).sum().backward()                          # its gradient, summed over ranks …
     for parameter in norm.parameters():
         if dist.is_initialized():
-            dist.all_reduce(parameter.grad)
+            dist.all_reduce(parameter.grad)                 # … is that of the whole batch
     return dict(share=y.detach(), gradient=x.grad, weight=norm.weight.grad, bias=norm.bias.grad)
 
 
 def moco():
     """Loss and gradients of a step, in a DDP wrapper where there are ranks."""
     torch.manual_seed(0)
-    encoder = VisionTransformer(8, 4, dim=16, depth=2, heads=2, positions="absolute", layer_scale=0.0)
+    encoder = VisionTransformer(8, 4, dim=16, depth=2, heads=2, positions="absolute",
+                                layer_scale=0.0)
     network = teacher.MoCo(encoder, 32, 8, 0.2).double()
-    x1, x2 = (share(torch.rand(8, 3, 8, 8, generator=seeded(s)).double() * 2 - 1) for s in (1, 2))
-    wrapped = runtime.distribute(network, CPU)             # kept until the backward pass: it averages the gradients
+    x1 = share(torch.rand(8, 3, 8, 8, generator=seeded(1)).double() * 2 - 1)
+    x2 = share(torch.rand(8, 3, 8, 8, generator=seeded(2)).double() * 2 - 1)
+    wrapped = new_run(network).distribute(network)     # kept until the backward pass: it averages
     loss, hits = wrapped(x1, x2)
     loss.backward()
     values = torch.stack([loss.detach(), hits])
@@ -81,16 +109,16 @@ def moco():
 
 
 def evaluation():
-    """23 images over the ranks: top-1 and top-5 of a random network, and the features that probes see."""
-    args = Namespace(image_size=16, eval_crop=1.0, batch_size=8, accumulate=1, workers=0, amp="fp32", probe_layer=None,
-                     pool="mean")
+    """23 images over the ranks: top-1 and top-5 of a random network, and what probes see."""
+    args = Namespace(image_size=16, eval_crop=1.0, batch_size=8, accumulate=1, workers=0,
+                     amp="fp32", probe_layer=None)
     torch.manual_seed(0)
     network = VisionTransformer(16, 4, dim=16, depth=1, heads=2, positions="block", classes=10)
     torch.nn.init.normal_(network.head.weight, generator=seeded(1))
-    dataset = data.Synthetic("val", 23, 16)
+    dataset = Synthetic("val", 23, 16)
     row = finetune.evaluate(args, network, dataset, CPU)
     features, labels = finetune.extract(args, network.eval(), dataset, CPU)
-    order = features[:, 0].argsort()                       # those of all ranks come to rank 0, rank by rank
+    order = features[:, 0].argsort()                  # those of all ranks come to rank 0, in turn
     row = torch.tensor([row["top1"], row["top5"], row["images"]])
     return dict(row=row, features=features[order], labels=labels[order])
 
@@ -101,45 +129,115 @@ class Oracle(torch.nn.Module):
     def __init__(self, dataset):
         super().__init__()
         samples = data.Samples(dataset, detect.transform(train=False), 0)
-        self.known = {pixels.numpy().tobytes(): target for pixels, target in (samples[0, i] for i in range(len(dataset)))}
+        self.known = {}
+        for i in range(len(dataset)):
+            pixels, target = samples[0, i]
+            self.known[pixels.numpy().tobytes()] = target
 
     def forward(self, images):
-        targets = [self.known[image.numpy().tobytes()] for image in images]
-        return [dict(target, scores=torch.ones(len(target["labels"])), masks=target["masks"][:, None].float()) for target in targets]
+        detections = []
+        for image in images:
+            target = self.known[image.numpy().tobytes()]
+            scores = torch.ones(len(target["labels"]))
+            masks = target["masks"][:, None].float()
+            detections.append(dict(target, scores=scores, masks=masks))
+        return detections
 
 
 def dense():
     """7 images over the ranks: the scores of a random segmenter, the AP of a perfect detector."""
-    args = Namespace(image_size=16, batch_size=4, accumulate=1, workers=0, amp="fp32", eval_mode="slide", pictures=0,
+    args = Namespace(image_size=16, batch_size=4, accumulate=1, workers=0, amp="fp32",
                      output=tempfile.mkdtemp())
     torch.manual_seed(0)
     vit = VisionTransformer(16, 4, dim=16, depth=1, heads=2, positions="block")
-    masks = segment.evaluate(args, segment.Segmenter(vit, 11), data.Scenes("val", 7, 16, target="masks"), CPU)
+    scenes = Scenes("val", 7, 16, target="masks")
+    masks = segment.evaluate(args, segment.Segmenter(vit, 11), scenes, CPU)
     if detect.COCO is None:
         return dict(masks=masks)
-    boxes = data.Scenes("val", 7, 16, target="instances")
-    return dict(masks=masks, boxes=detect.evaluate(args, Oracle(boxes), boxes, CPU))
+    scenes = Scenes("val", 7, 16, target="instances")
+    return dict(masks=masks, boxes=detect.evaluate(args, Oracle(scenes), scenes, CPU))
 
 
 def trouble():
-    """On the last rank only: a signal, then a loss and a gradient that are not finite."""
-    last = runtime.rank() == runtime.world_size() - 1
-    caught, found = [15] if last else [], []
-    terms = dict(loss=torch.tensor(runtime.rank() + 1.0), grad_norm=torch.tensor(1.0))
-    images = lambda step, rank: [step, 10 + rank]
-    found.append(runtime.check_step(3, terms, caught, CPU, images))
-    for bad in (float("nan"), float("inf")):
-        for loss, norm in ((bad, 1.0), (1.0, bad)):
-            values = torch.tensor([loss, norm]) if last else torch.ones(2)
+    """On the last rank only: a signal, then a loss and a gradient norm that are not finite.
+
+    The means and the signal that each rank finds, then the messages.
+    """
+    run = new_run(torch.nn.Linear(1, 1))
+    run.due(3)
+    if last_rank():
+        os.kill(os.getpid(), signal.SIGTERM)
+    check(run, loss=runtime.rank() + 1.0, grad_norm=1.0)
+    found = [(run.means, run.signal)]
+    for bad in (math.nan, math.inf):
+        for name in ("loss", "grad_norm"):
+            values = dict(loss=1.0, grad_norm=1.0)
+            if last_rank():
+                values[name] = bad
             try:
-                found.append(runtime.check_step(3, dict(loss=values[0], grad_norm=values[1]), caught, CPU, images))
+                check(run, **values)
+                found.append("nothing")
             except FloatingPointError as error:
                 found.append(str(error))
     return found
 
 
+def check(run, **values):
+    run.add(**{name: torch.tensor(value) for name, value in values.items()})
+    run.check_finite(lambda step, rank: [step, 10 + rank])
+
+
+def gradient_of_one_rank():
+    """A gradient that is not finite on the last rank alone, after DDP has averaged it."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 2)
+    run = new_run(module)
+    network = run.distribute(module)
+    found = []
+    for factor in (1.0, math.nan, 1.0):
+        run.due(3)
+        loss = network(torch.ones(4, 3)).sum()
+        (loss * (factor if last_rank() else 1.0)).backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters()])
+        try:
+            check(run, loss=1.0, grad_norm=norm.item())
+            found.append("finite")
+        except FloatingPointError as error:
+            found.append(str(error))
+        module.zero_grad()
+    return found
+
+
+def accumulation():
+    """Gradients of three micro-batches: after each of them, of one parameter."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 1).double()
+    run = new_run(module)
+    network = run.distribute(module)
+    history = []
+    batch = torch.randn(12, 3, generator=seeded(3)).double()
+    for rows in run.accumulate(batch.chunk(3), network):
+        (network(share(rows)).square().mean() / 3).backward()
+        history.append(module.weight.grad.clone())
+    return torch.stack(history)
+
+
+def storage_that_is_not_shared():
+    """A checkpoint that rank 0 alone finds: what each rank says, or where it goes on."""
+    folder = tempfile.mkdtemp()
+    module = torch.nn.Linear(1, 1)
+    new_run(module, folder).save(5)
+    try:
+        return new_run(module, folder).start
+    except runtime.InputError as error:
+        return str(error)
+
+
 def checks():
-    return dict(quantizer=quantizer(), batch_norm=batch_norm(), moco=moco(), evaluation=evaluation(), dense=dense(), trouble=trouble())
+    return dict(quantizer=quantizer(), batch_norm=batch_norm(), moco=moco(),
+                evaluation=evaluation(), dense=dense(), trouble=trouble(),
+                gradient_of_one_rank=gradient_of_one_rank(), accumulation=accumulation(),
+                storage_that_is_not_shared=storage_that_is_not_shared())
 
 
 if __name__ == "__main__":

@@ -1,33 +1,47 @@
-"""Whole-batch augmentation: each image its own, and what the same draws make of it in torchvision."""
+"""Whole-batch augmentation: each image its own, and what torchvision makes of the same draws."""
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF
 
 import augment
 import data
+from scenes import Synthetic
 
 SIZE = 32
-FORMS = {"pretrain": lambda: data.pretrain_transform(SIZE, form="batch"),
-         "tokenizer": lambda: data.tokenizer_transform(SIZE, form="batch"),
-         "teacher 1": lambda: data.teacher_transform(SIZE, form="batch")[0],
-         "teacher 2": lambda: data.teacher_transform(SIZE, form="batch")[1],
-         "finetune": lambda: data.finetune_transform(SIZE, erasing=1.0, form="batch")}
+FORMS = {
+    "pretrain": lambda: data.pretrain_transform(SIZE, form="batch"),
+    "tokenizer": lambda: data.tokenizer_transform(SIZE, form="batch"),
+    "teacher 1": lambda: data.teacher_transform(SIZE, form="batch")[0],
+    "teacher 2": lambda: data.teacher_transform(SIZE, form="batch")[1],
+    "finetune": lambda: data.finetune_transform(SIZE, erasing=1.0, form="batch"),
+}
 
 
 def scenes(number):
     """uint8 (number, 3, 32, 32)"""
-    return torch.stack([TF.pil_to_tensor(data.Synthetic(number=number)[i][0]) for i in range(number)])
+    dataset = Synthetic(number=number)
+    return torch.stack([TF.pil_to_tensor(dataset[i][0]) for i in range(number)])
+
+
+def drawn(transform, number, seed=0):
+    """What the worker makes of so many scenes: their pixels and draws."""
+    dataset = Synthetic(number=number)
+    torch.manual_seed(seed)
+    pixels, draws = zip(*(transform(dataset[i][0]) for i in range(number)), strict=True)
+    return torch.stack(pixels), torch.stack(draws)
 
 
 def apply(transform, x, *values):
-    """One step, by the same draws for every image."""
-    number, step = transform
-    assert number == len(values)
-    return step(x, *(torch.full((len(x),), value) for value in values))
+    """One transform, by the same draws for every image."""
+    assert transform.draws == len(values)
+    return transform(x, *(torch.full((len(x),), value) for value in values))
 
 
 @pytest.fixture
@@ -37,8 +51,9 @@ def x():
 
 @pytest.mark.parametrize("name", FORMS)
 def test_every_image_is_augmented_by_its_own_draws_alone(name):
-    transform, pixels = FORMS[name](), scenes(8)
-    draws = torch.rand(8, transform.draws, generator=torch.Generator().manual_seed(0))
+    transform = FORMS[name]()
+    pixels, draws = drawn(transform, 8)
+    assert torch.equal(pixels, scenes(8))
     out = transform.finish((pixels, draws))
     assert out.shape == (8, 3, SIZE, SIZE) and out.dtype == torch.float32
     assert -1 <= out.min() < -0.5 and 0.5 < out.max() <= 1
@@ -50,120 +65,270 @@ def test_every_image_is_augmented_by_its_own_draws_alone(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", FORMS)
 def test_the_gpu_makes_the_same_of_the_same_draws(name):
-    transform, pixels = FORMS[name](), scenes(8)
-    draws = torch.rand(8, transform.draws, generator=torch.Generator().manual_seed(0))
+    transform = FORMS[name]()
+    pixels, draws = drawn(transform, 8)
     out = transform.finish((pixels.cuda(), draws.cuda())).cpu()
     near = (out - transform.finish((pixels, draws))).abs() < 0.02
-    assert near.float().mean() > 0.99                      # a pixel at the edge of a box or a threshold may fall either way
+    assert near.float().mean() > 0.99       # a pixel at the edge of a box may fall either way
 
 
-def test_the_whole_image_unflipped_is_the_image_itself(x):
-    assert torch.allclose(apply(augment.crop_and_flip(0.5), x, 1.0, 0.5, 0.3, 0.7, 0.9), x, atol=1e-5)
-    assert torch.allclose(apply(augment.crop_and_flip(0.5), x, 1.0, 0.5, 0.3, 0.7, 0.1), x.flip(3), atol=1e-5)
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_whole_image_unflipped_is_the_image_itself(x, interpolation):
+    crop = augment.RandomResizedCrop(SIZE, (0.5, 1), interpolation=InterpolationMode(interpolation))
+    flip = augment.RandomHorizontalFlip()
+    assert torch.equal(apply(crop, x, 0.0, 0.0, 1.0, 1.0), x)
+    columns = [torch.full((6,), value) for value in (0.0, 0.0, 1.0, 1.0)]
+    assert torch.allclose(crop.crop(x, *columns), x, atol=1e-5)
+    assert torch.equal(apply(flip, x, 0.9), x)
+    assert torch.equal(apply(flip, x, 0.1), x.flip(3))
 
 
-def test_a_crop_is_torchvisions_resized_crop(x):
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_crop_is_torchvisions_resized_crop(x, interpolation):
     """A quarter of the area, square, at the bottom left: rows 16…31, columns 0…15."""
-    ours = apply(augment.crop_and_flip(0.0), x, 0.25, 0.5, 0.0, 1.0, 0.9)
-    theirs = F.interpolate(x[:, :, 16:, :16], (SIZE, SIZE), mode="bicubic", align_corners=False).clamp(0, 1)
-    assert torch.allclose(ours[:, :, 4:, :-4], theirs[:, :, 4:, :-4], atol=1e-4)    # at an inner edge ours sees the pixels beyond
+    crop = augment.RandomResizedCrop(SIZE, interpolation=InterpolationMode(interpolation))
+    ours = apply(crop, x, 0.0, 0.5, 0.5, 0.5)
+    theirs = F.interpolate(x[:, :, 16:, :16], (SIZE, SIZE), mode=interpolation,
+                           align_corners=False).clamp(0, 1)
+    # at an inner edge ours sees the pixels beyond
+    assert torch.allclose(ours[:, :, 4:, :-4], theirs[:, :, 4:, :-4], atol=1e-4)
+    # neither square nor in a corner: 12 × 20 pixels from row 7, column 5
+    ours = apply(crop, x, 5 / 32, 7 / 32, 20 / 32, 12 / 32)
+    theirs = F.interpolate(x[:, :, 7:19, 5:25], (SIZE, SIZE), mode=interpolation,
+                           align_corners=False).clamp(0, 1)
+    assert torch.allclose(ours[:, :, 6:-6, 6:-6], theirs[:, :, 6:-6, 6:-6], atol=1e-4)
 
 
-def test_colour_jitter_is_torchvisions(x):
-    up, down = 0.9, 0.2                                    # factors 1 + 0.4 · (2u − 1): 1.32 and 0.76
-    for place, function in ((1, TF.adjust_brightness), (2, TF.adjust_contrast), (3, TF.adjust_saturation)):
-        for u, factor in ((up, 1.32), (down, 0.76)):
-            values = [0.0, 0.5, 0.5, 0.5, 0.5]
-            values[place] = u
-            assert torch.allclose(apply(augment.color_jitter(0.4, 0.4, 0.4), x, *values), function(x, factor), atol=1e-3)
-    assert torch.equal(apply(augment.color_jitter(0.4, 0.4, 0.4, 0.1, p=0.8), x, 0.9, 0.1, 0.1, 0.1, 0.1), x)
+def boxes(transform, size, number, monkeypatch):
+    """The crops (left, top, width, height), in pixels, of so many images of a size."""
+    image = Image.new("RGB", size)
+    found = []
+
+    def crop(self, box):
+        left, top, right, bottom = box
+        found.append((left, top, right - left, bottom - top))
+        return Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr(Image.Image, "crop", crop)          # in the worker, of another size
+    for _ in range(number):
+        _, draws = transform(image)
+        if size == (SIZE, SIZE):                            # with the batch
+            found.append((SIZE * draws[:4]).tolist())
+    assert len(found) == number
+    return np.array(found)
 
 
-def test_the_hue_turns_and_the_grey_stays(x):
-    turned = apply(augment.color_jitter(0, 0, 0, 0.5), 0.25 + x / 2, 0.0, 0.5, 0.5, 0.5, 0.6)  # 0.1 of a turn; none clipped
-    assert torch.allclose(augment.grey(turned), augment.grey(0.25 + x / 2), atol=0.02)
-    assert (turned - 0.25 - x / 2).abs().max() > 0.05
-    plain = torch.full((6, 3, 4, 4), 0.3)
-    assert torch.allclose(apply(augment.color_jitter(0, 0, 0, 0.5), plain, 0.0, 0.5, 0.5, 0.5, 0.9), plain, atol=1e-3)
-
-
-def test_grey_and_solarize_are_torchvisions(x):
-    assert torch.allclose(apply(augment.random_grey(0.2), x, 0.1), TF.rgb_to_grayscale(x, 3), atol=1e-3)
-    assert torch.equal(apply(augment.random_grey(0.2), x, 0.3), x)
-    assert torch.equal(apply(augment.solarize(0.2), x, 0.1), TF.solarize(x, 0.5))
-    assert torch.equal(apply(augment.solarize(0.2), x, 0.3), x)
-
-
-def test_rand_augment_has_torchvisions_ops(x):
-    """Op by op, at magnitude 15: what torchvision's functions make of the image."""
-    expected = {0: x, 6: TF.adjust_brightness(x, 1.45),
-                7: TF.adjust_saturation(x, 1.45), 8: TF.adjust_contrast(x, 1.45), 9: TF.adjust_sharpness(x, 1.45),
-                10: TF.posterize(x, 6), 11: TF.solarize(x, 0.5), 12: TF.autocontrast(x), 13: TF.equalize(x)}
-    for op in range(14):
-        out = apply(augment.rand_augment(15), x, 0.4, (op + 0.5) / 14, 0.4, 0.6, 0.9, 0.4)
-        assert out.shape == x.shape and torch.equal(out, x) == (op == 0)
-        if op in expected:
-            assert torch.allclose(out, expected[op], atol=1e-5), op
-    right = apply(augment.rand_augment(30), x, 0.6, 0.9, 0.4, 0.4, 3.5 / 14, 0.4)
-    assert torch.allclose(right[:, :, :, 14:], x[:, :, :, :-14], atol=1e-5)         # by 150 / 331 of 32
-    assert torch.allclose(right[:, :, :, :14], torch.tensor(0.5), atol=1e-5)
-
-
-def test_rand_augment_takes_each_op_half_of_the_time():
-    """In both forms, as timm's; 13 of 14 ops change the image, some of them back."""
-    x, images = scenes(1).expand(2000, -1, -1, -1) / 255, [data.Synthetic(number=1)[0][0]] * 2000
-    number, step = augment.rand_augment(27)
-    batch = (step(x, *torch.rand(number, 2000, generator=torch.Generator().manual_seed(0))) == x).flatten(1).all(1)
+@pytest.mark.parametrize("smallest", [0.08, 0.4])
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (320, 480), (1024, 256), (32, 32)])
+def test_crops_are_drawn_as_torchvisions(size, smallest, monkeypatch):
+    """By the total variation of the histograms of area, aspect and place."""
     torch.manual_seed(0)
-    first, second = data.finetune_transform(SIZE, erasing=0.0).transforms[2:4]
-    alone = torch.tensor([second(first(image)) == image for image in images])
-    for same in (batch, alone):
-        assert 0.25 <= same.float().mean() < 0.36           # neither: a quarter; Identity, and what an op leaves alone
+    ours = boxes(data.tokenizer_transform(SIZE, smallest, "batch"), size, 12_000, monkeypatch)
+    reference, theirs = T.RandomResizedCrop(SIZE, (smallest, 1)), []
+    image = Image.new("RGB", size)
+    for _ in range(12_000):
+        box = reference.make_params([image])
+        theirs.append((box["left"], box["top"], box["width"], box["height"]))
+    theirs = np.array(theirs)
+    assert np.abs(ours - ours.round()).max() < 1e-4
+    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= np.array(size) + 1e-4).all()
 
+    def features(boxes):
+        left, top, width, height = boxes.T
+        yield "area", width * height / (size[0] * size[1]), 10, (0, 1.001)
+        yield "aspect", np.log(width / height), 16, (-0.5, 0.5)
+        yield "centre, across", (left + width / 2) / size[0], 10, (0, 1)
+        yield "centre, down", (top + height / 2) / size[1], 10, (0, 1)
 
-def test_erasing_is_a_box_of_one_colour(x):
-    area, height = (0.2 - 0.02) / 0.31, math.sqrt(0.2)
-    out = apply(augment.erase(0.25), x, 0.1, area, 0.5, 0.0, 1.0, 0.9, 0.4, 0.1)
-    side = round(height * SIZE)
-    assert torch.allclose(out[:, :, :side, -side:], torch.tensor([0.9, 0.4, 0.1]).view(3, 1, 1))  # top right
-    assert torch.equal(out[:, :, side:], x[:, :, side:]) and torch.equal(out[:, :, :, :-side], x[:, :, :, :-side])
-    assert torch.equal(apply(augment.erase(0.25), x, 0.3, area, 0.5, 0.0, 1.0, 0.9, 0.4, 0.1), x)
+    pairs = zip(features(ours), features(theirs), strict=True)
+    for (name, one, bins, span), (_, other, _, _) in pairs:
+        counts = [np.histogram(values, bins, span)[0] for values in (one, other)]
+        assert counts[0].sum() == counts[1].sum() == 12_000
+        variation = np.abs(counts[0] - counts[1]).sum() / 2 / 12_000
+        assert variation <= 0.03, (name, variation)
 
 
 @pytest.mark.parametrize("size", [(64, 32), (48, 80), (20, 31), (32, 31)])
-def test_an_image_of_another_size_is_cropped_in_the_worker(size):
-    """The box of the same draws, cut out and resized by torchvision; then the batch leaves it whole."""
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_an_image_of_another_size_is_cropped_in_the_worker(size, interpolation):
+    """As torchvision does it under the same seed; then the batch leaves it whole."""
+    interpolation = InterpolationMode(interpolation)
     image = Image.fromarray(scenes(1)[0].permute(1, 2, 0).numpy()).resize(size)
-    transform = augment.Batch(SIZE, 0.3)
+    crop = augment.RandomResizedCrop(SIZE, (0.3, 1), interpolation=interpolation)
+    transform = augment.Batch([crop, augment.RandomHorizontalFlip()])
     for seed in range(20):
         torch.manual_seed(seed)
         pixels, draws = transform(image)
         torch.manual_seed(seed)
-        area, aspect, left, top, flip = torch.rand(5).tolist()
-        area, aspect = (0.3 + 0.7 * area) * size[0] * size[1], 0.75 * (16 / 9) ** aspect
-        width, height = min(math.sqrt(area * aspect), size[0]), min(math.sqrt(area / aspect), size[1])
-        w, h = round(width), round(height)
-        x, y = int(left * (size[0] - w + 1)), int(top * (size[1] - h + 1))
-        assert 0 <= x <= size[0] - w and 0 <= y <= size[1] - h
-        expected = TF.resized_crop(TF.pil_to_tensor(image), y, x, h, w, [SIZE, SIZE], TF.InterpolationMode.BICUBIC, antialias=True)
+        box = T.RandomResizedCrop(SIZE, (0.3, 1)).make_params([image])
+        flip = torch.rand(1)
+        expected = TF.resized_crop(TF.pil_to_tensor(image), **box, size=[SIZE, SIZE],
+                                   interpolation=interpolation, antialias=True)
+        assert pixels.dtype == torch.uint8
         assert (pixels.int() - expected.int()).abs().max() <= 1
         out = transform.finish((pixels[None], draws[None]))[0]
         whole = 2 * pixels.float() / 255 - 1
         assert torch.allclose(out, whole.flip(2) if flip < 0.5 else whole, atol=1e-4)
 
 
+def test_the_crops_of_the_stages_are_the_papers():
+    """Bilinear for MoCo v3, bicubic for BEiT, in both forms; BEiT's jitter comes first."""
+    for form in ("image", "batch"):
+        jitter, crop, *_ = transforms(data.pretrain_transform(SIZE, form=form))
+        assert type(jitter).__name__ == "ColorJitter" and mode(crop) == "bicubic"
+        for view in data.teacher_transform(SIZE, form=form):
+            assert mode(transforms(view)[0]) == "bilinear"
+        for transform in (data.tokenizer_transform, data.finetune_transform):
+            assert mode(transforms(transform(SIZE, form=form))[0]) == "bicubic"
+
+
+def transforms(transform):
+    return transform.transforms if hasattr(transform, "transforms") else transform.steps
+
+
+def mode(crop):
+    assert type(crop).__name__ == "RandomResizedCrop"
+    form = crop.mode if isinstance(crop, augment.Transform) else crop.interpolation
+    return InterpolationMode(form).value
+
+
+def test_both_forms_have_the_same_steps():
+    for make in (data.pretrain_transform, data.tokenizer_transform, data.finetune_transform,
+                 lambda *args, form: data.teacher_transform(*args, form=form)[1]):
+        for size in (32, 64):
+            names = [[type(step).__name__ for step in transforms(make(size, form=form))]
+                     for form in ("image", "batch")]
+            assert [name.replace("function", "ToPixels") for name in names[0]] == names[1]
+
+
+def test_colour_jitter_is_torchvisions(x):
+    up, down = 0.9, 0.2                                     # 1 + 0.4 · (2u − 1): 1.32 and 0.76
+    functions = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
+    for place, function in enumerate(functions):
+        for u, factor in ((up, 1.32), (down, 0.76)):
+            values = [0.5, 0.5, 0.5, 0.5]
+            values[place] = u
+            out = apply(augment.ColorJitter(0.4, 0.4, 0.4), x, *values)
+            assert torch.allclose(out, function(x, factor), atol=1e-3)
+    sometimes = augment.RandomApply([augment.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+    assert torch.equal(apply(sometimes, x, 0.9, 0.1, 0.1, 0.1, 0.1), x)
+    assert not torch.allclose(apply(sometimes, x, 0.7, 0.1, 0.1, 0.1, 0.1), x, atol=0.1)
+
+
+def test_the_hue_turns_and_the_grey_stays(x):
+    jitter = augment.ColorJitter(0, 0, 0, 0.5)
+    x = 0.25 + x / 2                                        # so that none is clipped
+    turned = apply(jitter, x, 0.5, 0.5, 0.5, 0.6)           # 0.1 of a turn
+    assert torch.allclose(augment.grey(turned), augment.grey(x), atol=0.02)
+    assert (turned - x).abs().max() > 0.05
+    plain = torch.full((6, 3, 4, 4), 0.3)
+    assert torch.allclose(apply(jitter, plain, 0.5, 0.5, 0.5, 0.9), plain, atol=1e-3)
+
+
+def test_grey_and_solarize_are_torchvisions(x):
+    grey = augment.RandomGrayscale(0.2)
+    assert torch.allclose(apply(grey, x, 0.1), TF.rgb_to_grayscale(x, 3), atol=1e-3)
+    assert torch.equal(apply(grey, x, 0.3), x)
+    solarize = augment.RandomSolarize(128, 0.2)
+    bytes_ = TF.solarize(scenes(6), 128)
+    assert torch.allclose(apply(solarize, x, 0.1), bytes_.float() / 255, atol=1e-6)
+    assert torch.equal(apply(solarize, x, 0.3), x)
+
+
+def rand_augment(magnitude):
+    """Two operations, each with probability ½, as finetune.py has them."""
+    return data.finetune_transform(SIZE, magnitude=magnitude, erasing=0.0, form="batch").steps[2:4]
+
+
+def test_rand_augment_has_torchvisions_ops(x):
+    """Op by op, at magnitude 15: what torchvision's functions make of the image."""
+    expected = {
+        0: x,
+        6: TF.adjust_brightness(x, 1.45),
+        7: TF.adjust_saturation(x, 1.45),
+        8: TF.adjust_contrast(x, 1.45),
+        9: TF.adjust_sharpness(x, 1.45),
+        10: TF.posterize(x, 6),
+        11: TF.solarize(x, 0.5),
+        12: TF.autocontrast(x),
+        13: TF.equalize(x),
+    }
+    for op in range(14):
+        first, second = rand_augment(15)
+        out = apply(second, apply(first, x, 0.4, (op + 0.5) / 14, 0.4), 0.6, 0.9, 0.4)
+        assert out.shape == x.shape and torch.equal(out, x) == (op == 0)
+        if op in expected:
+            assert torch.allclose(out, expected[op], atol=1e-5), op
+    first, second = rand_augment(30)
+    right = apply(second, apply(first, x, 0.6, 0.9, 0.4), 0.4, 3.5 / 14, 0.4)
+    assert torch.allclose(right[:, :, :, 14:], x[:, :, :, :-14], atol=1e-5)     # by 150 / 331 of 32
+    assert torch.allclose(right[:, :, :, :14], torch.tensor(128 / 255), atol=1e-5)
+
+
+def test_rand_augment_takes_each_op_half_of_the_time():
+    """In both forms, as timm's; 13 of 14 ops change the image, some of them back."""
+    x = scenes(1).expand(2000, -1, -1, -1) / 255
+    images = [Synthetic(number=1)[0][0]] * 2000
+    first, second = rand_augment(27)
+    generator = torch.Generator().manual_seed(0)
+    out = first(x, *torch.rand(first.draws, 2000, generator=generator))
+    out = second(out, *torch.rand(second.draws, 2000, generator=generator))
+    batch = (out == x).flatten(1).all(1)
+    torch.manual_seed(0)
+    first, second = data.finetune_transform(SIZE, erasing=0.0).transforms[2:4]
+    alone = torch.tensor([second(first(image)) == image for image in images])
+    for same in (batch, alone):             # neither: a quarter; and identity, and without effect
+        assert 0.25 <= same.float().mean() < 0.36
+
+
+def test_erasing_is_a_box_of_one_colour(x):
+    erase = augment.RandomErasing(0.25)
+    area = (0.2 - 0.02) / 0.31
+    square = -math.log(0.3) / (math.log(3.3) - math.log(0.3))
+    values = (area, square, 0.0, 1.0, 0.9, 0.4, 0.1)
+    out = apply(erase, x, 0.1, *values)
+    side = round(math.sqrt(0.2) * SIZE)
+    colour = 2 * torch.tensor([0.9, 0.4, 0.1]).view(3, 1, 1) - 1
+    assert torch.allclose(out[:, :, :side, -side:], colour)                     # top right
+    assert torch.equal(out[:, :, side:], x[:, :, side:])
+    assert torch.equal(out[:, :, :, :-side], x[:, :, :, :-side])
+    assert torch.equal(apply(erase, x, 0.3, *values), x)
+
+
 def test_blur_is_torchvisions(x):
-    for sigma, kernel in ((0.4, 7), (1.7, 7)):
-        out = apply(augment.blur(0.5, 70), x, 0.4, (sigma - 0.1) / 1.9)
-        assert torch.allclose(out, TF.gaussian_blur(x, [kernel, kernel], [sigma, sigma]), atol=1e-4)
-    assert torch.equal(apply(augment.blur(0.5, 70), x, 0.6, 0.5), x)
-    own = augment.blur(1.0, 70)[1](x, torch.zeros(6), torch.linspace(0, 1, 6))     # each image by its own σ
+    blur = augment.GaussianBlur(7, (0.1, 2.0))
+    sometimes = augment.RandomApply([blur], p=0.5)
+    for sigma in (0.4, 1.7):
+        out = apply(sometimes, x, 0.4, (sigma - 0.1) / 1.9)
+        assert torch.allclose(out, TF.gaussian_blur(x, [7, 7], [sigma, sigma]), atol=1e-4)
+    assert torch.equal(apply(sometimes, x, 0.6, 0.5), x)
+    own = blur(x, torch.linspace(0, 1, 6))                  # each image by its own σ
     assert torch.allclose(own[5], TF.gaussian_blur(x[5], [7, 7], [2.0, 2.0]), atol=1e-4)
     assert torch.allclose(own[0], x[0], atol=1e-3)
 
 
+def test_the_blurs_kernel_is_a_tenth_of_the_image():
+    for form in ("image", "batch"):
+        for size, kernel in ((64, 7), (70, 7), (224, 23)):
+            for view, p in zip(data.teacher_transform(size, form=form), (1.0, 0.1), strict=True):
+                apply_blur = transforms(view)[3]
+                blur = apply_blur.transforms[0]
+                own = 2 * blur.reach + 1 if form == "batch" else blur.kernel_size[0]
+                assert own == kernel and apply_blur.p == p
+
+
+def test_only_the_chosen_images_are_transformed(x):
+    half = augment.RandomApply([augment.RandomSolarize(0, p=1.0)], p=0.5)
+    chosen = torch.tensor([0.1, 0.9, 0.4, 0.6, 0.0, 0.5])
+    out = half(x, chosen, torch.zeros(6))
+    for i in range(6):
+        assert torch.equal(out[i], 1 - x[i] if chosen[i] < 0.5 else x[i])
+
+
 def test_a_teachers_view_at_a_photographs_size():
-    images = [Image.fromarray(scenes(1)[0].permute(1, 2, 0).numpy()).resize((90, 75)) for _ in range(2)]
+    array = scenes(1)[0].permute(1, 2, 0).numpy()
+    images = [Image.fromarray(array).resize((90, 75)) for _ in range(2)]
     for transform in data.teacher_transform(64, form="batch"):
-        pixels, draws = zip(*(transform(image) for image in images))
-        assert transform.finish((torch.stack(pixels), torch.stack(draws))).shape == (2, 3, 64, 64)
+        pixels, draws = zip(*(transform(image) for image in images), strict=True)
+        out = transform.finish((torch.stack(pixels), torch.stack(draws)))
+        assert out.shape == (2, 3, 64, 64)

@@ -1,4 +1,4 @@
-"""tools/cifar10.py and tools/codewords.py: every command line of the plan, the runner, the report."""
+"""tools/cifar10.py and tools/codewords.py: the plan's command lines, the runner, the report."""
 import importlib
 import json
 import os
@@ -7,52 +7,61 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import ROOT
 from PIL import Image
+from test_cifar import generate
+from torch import nn
 
 import tokenizer
-from conftest import ROOT
-from test_cifar import generate
+from model import VQTokenizer
 from tools import cifar10, codewords
 
-TINY = ["--data", "tiny", "--batch-size", "8", "--steps", "2", "--workers", "0", "--amp", "fp32"]
+TINY = ["--batch-size", "8", "--steps", "2", "--workers", "0", "--amp", "fp32"]
+ALL_ABLATIONS = cifar10.ablations
 
 
 class InProcess(cifar10.Runner):
-    """Runs the same command lines in this process."""
+    """Runs the same command lines in this process, at a size of nothing."""
+
+    def __init__(self):
+        super().__init__("cifar-cpu", data="tiny", extra=TINY)
 
     def run(self, jobs):
         for name, (script, flags) in jobs.items():
+            command = self.command(name, script, flags)
             if script == "tools.codewords":
-                args = codewords.get_args([f"{self.folder}/{name.removeprefix('codewords-')}", "--recipe", self.recipe,
-                                           *flags.split(), "--data", "tiny", "--workers", "0"])
-                codewords.main(args)
+                codewords.main(codewords.get_args([*command[3:], "--workers", "0"]))
             else:
                 stage = importlib.import_module(script.removesuffix(".py"))
-                stage.main(stage.get_args(["--recipe", self.recipe, "--output", f"{self.folder}/{name}", *flags.split(), *TINY]))
+                stage.main(stage.get_args(command[2:]))
             (self.folder / name).mkdir(exist_ok=True)
-            (self.folder / name / "job.json").write_text(json.dumps(dict(command="", seconds=1.0, finished=True, jobs=1)))
+            job = dict(command="", seconds=1.0, finished=True, jobs=1)
+            (self.folder / name / "job.json").write_text(json.dumps(job))
 
 
-def few_ablations(recipe, whole=cifar10.ablations):
-    return {title: dict(list(entries.items())[:2]) for title, entries in whole(recipe).items()}
+def few_ablations(recipe):
+    """Two entries of each table: the others differ by a number."""
+    return {title: dict(list(entries.items())[:2])
+            for title, entries in ALL_ABLATIONS(recipe).items()}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """The whole plan at a size of nothing, two seeds, the ablations too; the folder it ran in."""
+    """The folder in which the whole plan ran: two seeds, the ablations too."""
     root, before = tmp_path_factory.mktemp("plan"), os.getcwd()
     os.chdir(root)
     try:
         generate(root / "tiny")
-        cifar10.main_table(InProcess("cifar-cpu"), range(2))
-        with pytest.MonkeyPatch.context() as patch:        # two entries of each table: the others differ by a number
+        cifar10.main_table(InProcess(), range(2))
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cifar10, "ablations", few_ablations)
-            cifar10.ablation_tables(InProcess("cifar-cpu"))
+            cifar10.ablation_tables(InProcess())
     finally:
         os.chdir(before)
     return root
@@ -63,38 +72,49 @@ def finished(root, monkeypatch):
     monkeypatch.chdir(root)
     monkeypatch.setattr(cifar10, "ROOT", root)
     monkeypatch.setattr(cifar10, "ablations", few_ablations)
-    return InProcess("cifar-cpu")
+    return InProcess()
 
+
+# ------------------------------------------------------------------------------------------------
+# The plan and its report
 
 def test_the_whole_plan_and_its_report(finished, root):
-    folder = root
-    (folder / "README.md").write_text("before\n<!-- cifar-cpu table -->\nold\n<!-- end -->\nafter\n")
+    results, readme = root / "RESULTS.md", root / "README.md"
+    readme.write_text("before\n<!-- cifar-cpu table -->\nold\n<!-- end -->\nafter\n")
     cifar10.write(finished, range(2))
-    results = (folder / "RESULTS.md").read_text()
-    gpu, cpu = results.split("## `--recipe cifar-cpu`")
-    assert "*not run*" not in cpu and not re.search(r"\b(nan|None)\b", results)
-    assert gpu.count("*not run*") > 60                     # no log of it: every cell
+    first = results.read_text()
+    gpu, cpu = first.split("## `--recipe cifar-cpu`")
+    assert "*not run*" not in cpu
+    assert not re.search(r"\b(nan|None)\b", first)
+    assert gpu.count("*not run*") > 60                      # it has no log: every cell
     for arm, text in cifar10.ARMS.items():
-        values = [finished.last(f"finetune-{arm}-{seed}", "top1", split="val") for seed in range(2)]
+        values = [finished.last(f"finetune-{arm}-{seed}", "top1", split="val") for seed in (0, 1)]
         mean, error = sum(values) / 2, abs(values[0] - values[1]) / 2
         assert f"| {text} | {mean:.1f} ± {error:.1f} |" in cpu
-    readme = (folder / "README.md").read_text()
-    assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
-    assert cifar10.arms_table(finished, range(2)) in readme and cifar10.arms_table(finished, range(2)) in cpu
-    number = len(list(root.glob("runs/cifar-cpu/*/job.json")))
-    assert f"| all | {number} |" in cpu                     # a second each
+
+    table = cifar10.arms_table(finished, range(2))
+    assert table in cpu
+    assert readme.read_text() == (
+        f"before\n<!-- cifar-cpu table -->\n{table}\n<!-- end -->\nafter\n")
+    jobs = list(root.glob("runs/cifar-cpu/*/job.json"))
+    assert f"| all | {len(jobs)} |" in cpu                  # a second each
     for picture in ("cifar-cpu-peco-codes.png", "cifar-cpu-pixel-reconstructions.png"):
-        assert f"results/{picture}" in cpu and (folder / "results" / picture).exists()
-    again = results.replace("## `--recipe cifar-cpu`", "## `--recipe cifar-cpu` stale")
-    (folder / "RESULTS.md").write_text(again)              # the other recipe's part is kept, this one written anew
+        assert f"results/{picture}" in cpu
+        assert (root / "results" / picture).exists()
+
+    # The other recipe's part is kept, this one written anew.
+    stale = first.replace("## `--recipe cifar-cpu`", "## `--recipe cifar-cpu` stale")
+    results.write_text(stale.replace("ViT-tiny", "ViT-kept"))
     cifar10.write(finished, range(2))
-    assert (folder / "RESULTS.md").read_text() == results
+    assert results.read_text() == first.replace("ViT-tiny", "ViT-kept")
 
 
 def test_what_is_not_finished_is_no_result(finished):
-    Path("runs/cifar-cpu/other").mkdir()                    # a log of another's, not of the plan
-    Path("runs/cifar-cpu/other/log.jsonl").write_text(json.dumps(dict(top1=50.0, split="val")) + "\n")
-    assert finished.last("other", "top1") is None and finished.last("finetune-peco-0", "top1", split="val") is not None
+    other = Path("runs/cifar-cpu/other")                    # its log is not of the plan
+    other.mkdir()
+    (other / "log.jsonl").write_text(json.dumps(dict(top1=50.0, split="val")) + "\n")
+    assert finished.last("other", "top1") is None
+    assert finished.last("finetune-peco-0", "top1", split="val") is not None
     file = Path("runs/cifar-cpu/finetune-peco-0/job.json")
     whole = file.read_text()
     file.write_text(whole.replace("true", "false"))
@@ -104,107 +124,29 @@ def test_what_is_not_finished_is_no_result(finished):
 
 def test_test_images_choose_nothing(finished):
     """The searches see the held-out training images alone."""
-    lr, drop = cifar10.SEARCH["cifar-cpu"][0]
-    rows = finished.rows(f"search-{lr:g}-{drop:g}")
-    assert {row["split"] for row in rows if "split" in row} == {"holdout"} and [row["images"] for row in rows if "top1" in row] == [10]
+    for setting in cifar10.SEARCH["cifar-cpu"]:
+        rows = finished.rows(cifar10.search_name(*setting))
+        assert {row["split"] for row in rows if "split" in row} == {"holdout"}
+        assert [row["images"] for row in rows if "top1" in row] == [10]
 
 
 @pytest.mark.parametrize("recipe", cifar10.SEARCH)
 def test_ablations_are_flags_of_the_tokenizer(recipe):
-    names = []
+    own = []
     for entries in cifar10.ablations(recipe).values():
         for name, flags in entries.values():
             assert (flags is None) == (name in cifar10.TOKENIZERS)
-            tokenizer.get_args(["--recipe", recipe, *(flags or "").split()])
-            names += [name] * (flags is not None)
-    assert len(names) == len(set(names)) == 2 + 4 + 1 + 1 + 2
+            if flags is not None:
+                tokenizer.get_args(["--recipe", recipe, *flags.split()])
+                own.append(name)
+    assert len(own) == len(set(own)) == 2 + 4 + 1 + 1 + 2
 
 
 def test_mean_and_standard_error():
     assert cifar10.mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 3 ** -0.5))
-    assert cifar10.show([50.0, 52.0]) == "51.0 ± 1.0" and cifar10.show([50.0]) == "50.0"
+    assert cifar10.show([50.0, 52.0]) == "51.0 ± 1.0"
+    assert cifar10.show([50.0]) == "50.0"
     assert cifar10.show([]) == cifar10.show([1.0, None]) == "*not run*"
-
-
-def test_histograms():
-    codes = torch.tensor([[0, 0, 2, 1], [3, 3, 3, 3]])
-    assert codewords.histograms(codes, 4).tolist() == [[0.5, 0.25, 0.25, 0], [0, 0, 0, 1]]
-
-
-class Shades(torch.nn.Module):
-    """A tokenizer whose code is an image's shade, and a classifier of it. blank: it reconstructs all images the same."""
-
-    def __init__(self, blank):
-        super().__init__()
-        self.blank, self.quantizer = blank, Namespace(codebook=torch.zeros(10, 1))
-
-    def encode(self, images):
-        shade = ((images.mean((1, 2, 3)) + 1) / 2 * 9).round().long()
-        return shade.view(-1, 1, 1).expand(-1, 2, 2)
-
-    def decode(self, codes):
-        shade = (0 if self.blank else codes[:, :1, :1]) / 9 * 2 - 1
-        return torch.zeros(len(codes), 3, 32, 32) + (shade if self.blank else shade.unsqueeze(1))
-
-    def forward(self, images):
-        return torch.nn.functional.one_hot(self.encode(images)[:, 0, 0], 10)
-
-
-@pytest.mark.parametrize("blank", [False, True])
-def test_codewords_of_known_meaning(blank, folder, monkeypatch):
-    for split in ("train", "val"):
-        for shade in range(10):
-            (folder / "shades" / split / str(shade)).mkdir(parents=True)
-            for i in range(4):
-                Image.new("RGB", (32, 32), (round(shade / 9 * 255),) * 3).save(folder / "shades" / split / str(shade) / f"{i}.png")
-    monkeypatch.setattr(codewords, "load", lambda path, stages: Shades(blank))
-    monkeypatch.setattr(codewords.stage, "perceptual_network", lambda path: (None, None))
-    monkeypatch.setattr(codewords, "PerceptualLoss", lambda network: torch.nn.MSELoss())
-    codewords.main(codewords.get_args([str(folder), "--recipe", "cifar-cpu", "--data", "shades", "--classifier", "any", "--workers", "0"]))
-    row = json.loads((folder / "log.jsonl").read_text())
-    assert (row["linear"], row["originals"], row["reconstructions"], row["images"]) == (100, 100, 10 if blank else 100, 40)
-    assert row["distance"] == pytest.approx(sum((2 * i / 9) ** 2 for i in range(10)) / 10 if blank else 0, abs=1e-3)  # in 8 bits
-
-
-# ------------------------------------------------------------------------------------------------
-# The runner, on scripts of one line
-
-def script(name, line):
-    Path(name).write_text(f"import sys, time, pathlib\n{line}\n")
-    return name, ""
-
-
-def test_what_is_finished_is_not_run_again():
-    job = script("count.py", "file = pathlib.Path('count'); file.write_text(file.read_text() + 'x' if file.exists() else 'x')")
-    for flags in ("", "", "--seed 1"):                     # the third is another command
-        cifar10.Runner("cifar", 2).run({"job": (job[0], flags)})
-    assert Path("count").read_text() == "xx"
-
-
-def test_a_failure_ends_the_rest_and_says_why(capsys):
-    jobs = {"bad": script("bad.py", "sys.exit('no such data')"), "slow": script("slow.py", "time.sleep(60)"),
-            "never": script("never.py", "pathlib.Path('never').touch()")}
-    begun = time.time()
-    with pytest.raises(SystemExit) as end:
-        cifar10.Runner("cifar", 2).run(jobs)
-    out = capsys.readouterr()
-    assert "no such data" in out.out and str(end.value.code).startswith("failed with status 1: python bad.py")
-    assert time.time() - begun < 30 and not Path("never").exists()
-    assert {file.parent.name: json.loads(file.read_text())["finished"] for file in Path("runs").glob("*/*/job.json")} == dict(
-        bad=False, slow=False)
-
-
-def test_sigterm_reaches_the_stages():
-    script("stage.py", "import signal\nsignal.signal(signal.SIGTERM, lambda *_: (pathlib.Path('saved').touch(), sys.exit(143)))\n"
-                       "pathlib.Path('begun').touch()\ntime.sleep(60)")
-    code = (f"import sys, signal; sys.path.insert(0, {str(ROOT)!r}); from tools.cifar10 import Runner\n"
-            "runner = Runner('cifar', 1); signal.signal(signal.SIGTERM, runner.stop); runner.run({'job': ('stage.py', '')})")
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    while not Path("begun").exists():
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode and "the same command goes on" in error and Path("saved").exists()
 
 
 def test_the_readme_shows_the_table_of_results():
@@ -213,5 +155,136 @@ def test_the_readme_shows_the_table_of_results():
         tables = []
         for file in ("README.md", "RESULTS.md"):
             text = (ROOT / file).read_text()
-            tables.append(text.split(f"<!-- {recipe} table -->\n")[1].split("\n<!-- end -->")[0])
+            start = text.split(f"<!-- {recipe} table -->\n")[1]
+            tables.append(start.split("\n<!-- end -->")[0])
         assert tables[0] == tables[1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Codewords
+
+def test_codewords_are_average_pooled():
+    """PeCo's Table 4: the mean of the vectors of an image's codes."""
+    torch.manual_seed(0)
+    network = VQTokenizer(32, channels=(16, 16, 16), codebook_size=8, code_dim=4)
+    args = SimpleNamespace(data="synthetic:20", image_size=32, eval_crop=1.0, batch_size=8,
+                           workers=0, amp="fp32")
+    images = torch.cat([images for images, _ in codewords.batches(args, "train")])
+    network(images)
+    network.quantizer.initialize(torch.Generator())         # so that images have several codes
+    network.eval()
+    cpu = torch.device("cpu")
+    features, labels = codewords.pooled_codewords(args, network, "train", cpu)
+    assert features.shape == (20, 4)
+    assert labels.tolist() == 2 * list(range(10))
+    for codes, feature in zip(network.encode(images), features, strict=True):
+        assert len(codes.unique()) > 1
+        expected = sum(network.quantizer.codebook[code] for code in codes.flatten()) / 64
+        torch.testing.assert_close(feature, expected)
+
+
+class Shades(nn.Module):
+    """A tokenizer whose code is an image's shade, and a classifier of it.
+
+    blank: it reconstructs all images the same.
+    """
+
+    def __init__(self, blank):
+        super().__init__()
+        self.blank = blank
+        self.quantizer = SimpleNamespace(lookup=self.lookup)
+
+    def encode(self, images):
+        shade = ((images.mean((1, 2, 3)) + 1) / 2 * 9).round().long()
+        return shade.view(-1, 1, 1).expand(-1, 2, 2)
+
+    def lookup(self, codes):
+        return F.one_hot(codes, 10).float().permute(0, 3, 1, 2)
+
+    def decode(self, codes):
+        shade = torch.zeros(len(codes)) if self.blank else codes[:, 0, 0]
+        return (shade / 9 * 2 - 1).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+
+    def forward(self, images):
+        return F.one_hot(self.encode(images)[:, 0, 0], 10)
+
+
+@pytest.mark.parametrize("blank", [False, True])
+def test_codewords_of_known_meaning(blank, folder, monkeypatch):
+    for split in ("train", "val"):
+        for shade in range(10):
+            target = folder / "shades" / split / str(shade)
+            target.mkdir(parents=True)
+            image = Image.new("RGB", (32, 32), (round(shade / 9 * 255),) * 3)
+            for i in range(4):
+                image.save(target / f"{i}.png")
+    trained = dict(data="shades", image_size=32, eval_crop=1.0, perceptual="any")
+    stored = SimpleNamespace(load=lambda path, stages: dict(args=trained))
+    monkeypatch.setattr(codewords, "checkpoint", stored)
+    monkeypatch.setattr(codewords, "load", lambda path, stages: Shades(blank))
+    monkeypatch.setattr(codewords, "perceptual_network", lambda source: (None, None))
+    monkeypatch.setattr(codewords, "PerceptualLoss", lambda network: nn.MSELoss())
+    codewords.main(codewords.get_args([str(folder), "--classifier", "any", "--workers", "0"]))
+    row = json.loads((folder / "log.jsonl").read_text())
+    assert row["codewords"] is True
+    assert (row["linear"], row["originals"], row["images"]) == (100, 100, 40)
+    assert row["reconstructions"] == (10 if blank else 100)
+    distance = sum((2 * i / 9) ** 2 for i in range(10)) / 10 if blank else 0.0
+    assert row["distance"] == pytest.approx(distance, abs=1e-3)     # pixels have 8 bits
+
+
+# ------------------------------------------------------------------------------------------------
+# The runner, on scripts of a few lines
+
+def script(name, *lines):
+    Path(name).write_text("\n".join(["import pathlib, signal, sys, time", *lines]))
+    return name, ""
+
+
+def test_what_is_finished_is_not_run_again():
+    name, _ = script("count.py", "open('count', 'a').write('x')")
+    for flags in ("", "", "--seed 1"):                      # the third is another command
+        cifar10.Runner("cifar", 2).run({"job": (name, flags)})
+    assert Path("count").read_text() == "xx"
+
+
+def test_a_failure_ends_the_rest_and_says_why(capsys):
+    jobs = {
+        "bad": script("bad.py", "sys.exit('no such data')"),
+        "slow": script("slow.py", "time.sleep(60)"),
+        "never": script("never.py", "pathlib.Path('never').touch()"),
+    }
+    begun = time.time()
+    with pytest.raises(SystemExit) as end:
+        cifar10.Runner("cifar", 2).run(jobs)
+    assert "no such data" in capsys.readouterr().out
+    assert str(end.value.code).startswith("failed with status 1: python bad.py")
+    assert time.time() - begun < 30
+    assert not Path("never").exists()
+    finished = {file.parent.name: json.loads(file.read_text())["finished"]
+                for file in Path("runs").glob("*/*/job.json")}
+    assert finished == dict(bad=False, slow=False)
+
+
+def test_sigterm_reaches_the_stages():
+    script("stage.py",
+           "def save(*_):",
+           "    pathlib.Path('saved').touch()",
+           "    sys.exit(143)",
+           "signal.signal(signal.SIGTERM, save)",
+           "pathlib.Path('begun').touch()",
+           "time.sleep(60)")
+    script("plan.py",
+           f"sys.path.insert(0, {str(ROOT)!r})",
+           "from tools.cifar10 import Runner",
+           "runner = Runner('cifar', 1)",
+           "signal.signal(signal.SIGTERM, runner.stop)",
+           "runner.run({'job': ('stage.py', '')})")
+    process = subprocess.Popen([sys.executable, "plan.py"], stderr=subprocess.PIPE, text=True)
+    while not Path("begun").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode
+    assert "the same command goes on" in error
+    assert Path("saved").exists()

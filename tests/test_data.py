@@ -1,4 +1,4 @@
-"""Data sets, the stream of samples, and what is said of bad input."""
+"""Datasets, the stream of samples, and what is said of bad input."""
 import hashlib
 import pickle
 import urllib.error
@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import end_workers
 from PIL import Image
 
 import data
 import runtime
-from conftest import end_workers
 from pretrain import AugmentAndMask
+from scenes import Synthetic
 
 CROP = data.pretrain_transform(16)
 
@@ -24,15 +25,15 @@ def as_array(sample):
 
 
 # ------------------------------------------------------------------------------------------------
-# The embedded data set
+# The embedded dataset
 
-@pytest.mark.parametrize("size", [32, 96])                 # 96: too large to be kept
+@pytest.mark.parametrize("size", [32, 96])                  # 96: too large to be kept
 def test_synthetic_is_deterministic_by_seed_split_and_index(size):
-    first, again = data.Synthetic("train", 20, size), data.Synthetic("train", 5, size)
-    again[4]                                               # in another order, of another number
+    first, again = Synthetic("train", 20, size), Synthetic("train", 5, size)
+    again[4]                                                # in another order, of another number
     assert all(np.array_equal(as_array(first[i]), as_array(again[i])) for i in range(5))
     assert np.array_equal(as_array(first[3]), as_array(first[3]))
-    for other in (data.Synthetic("val", 20, size), data.Synthetic("train", 20, size, seed=1)):
+    for other in (Synthetic("val", 20, size), Synthetic("train", 20, size, seed=1)):
         assert not np.array_equal(as_array(first[3]), as_array(other[3]))
     assert not np.array_equal(as_array(first[3]), as_array(first[13]))      # the same class
 
@@ -71,16 +72,16 @@ def test_pixels_are_in_minus_one_to_one():
     pixels = data.to_pixels(Image.fromarray(ramp))
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32
     assert torch.allclose(pixels[0].flatten(), torch.linspace(-1, 1, 256), atol=1e-6)
-    for transform in (CROP, data.tokenizer_transform(16), *data.teacher_transform(16), data.eval_transform(16),
-                      data.finetune_transform(16, erasing=0.0)):
-        image = transform(data.Synthetic(number=1)[0][0])
+    for transform in (CROP, data.tokenizer_transform(16), *data.teacher_transform(16),
+                      data.eval_transform(16), data.finetune_transform(16, erasing=0.0)):
+        image = transform(Synthetic(number=1)[0][0])
         assert image.shape == (3, 16, 16) and image.dtype == torch.float32
         assert -1 <= image.min() < image.max() <= 1
 
 
 def test_evaluation_sees_the_centre():
     image = Image.new("RGB", (64, 32))
-    image.paste((255, 255, 255), (16, 0, 48, 32))          # the central square
+    image.paste((255, 255, 255), (16, 0, 48, 32))           # the central square
     assert (data.eval_transform(32, crop=1.0)(image) == 1).all()
     assert data.eval_transform(32)(Image.new("RGB", (40, 90))).shape == (3, 32, 32)
 
@@ -96,21 +97,29 @@ def test_images_of_any_mode_become_rgb(mode):
 # The stream of samples
 
 def arguments(**changes):
-    return Namespace(**{**dict(batch_size=8, image_size=16, seed=0, workers=0, augment="image", skip_bad_images=0), **changes})
+    args = dict(batch_size=8, accumulate=1, image_size=16, seed=0, workers=0, augment="image",
+                skip_bad_images=0)
+    return Namespace(**{**args, **changes})
 
 
-def stream(start=0, stop=7, micro_batch=8, **changes):
-    """The micro-batches of a run over 20 images (2 steps an epoch): list of (image, mask), labels."""
+def stream(start=0, stop=7, dataset=None, **changes):
+    """All micro-batches of a run over 20 images, 2 steps an epoch: [(images, masks), labels]."""
     args = arguments(**changes)
-    transform = AugmentAndMask(data.pretrain_transform(16, form=args.augment), 4, 6, 4)  # torch's randomness and Python's
-    dataset = data.Synthetic(number=20, image_size=16)
-    return list(data.TrainLoader(dataset, transform, args, micro_batch, start, stop, torch.device("cpu")))
+    augment = data.pretrain_transform(16, form=args.augment)
+    transform = AugmentAndMask(augment, 4, 6, 4)            # torch's randomness and Python's
+    dataset = dataset or Synthetic(number=20, image_size=16)
+    loader = data.TrainLoader(dataset, transform, args, start, stop, torch.device("cpu"))
+    steps = list(loader)
+    assert len(steps) == stop - start
+    assert all(len(step) == args.accumulate for step in steps)
+    return sum(steps, [])
 
 
 def equal(one, other):
     assert len(one) == len(other) > 0
-    for ((image, mask), labels), ((image2, mask2), labels2) in zip(one, other):
-        if not (torch.equal(image, image2) and torch.equal(mask, mask2) and torch.equal(labels, labels2)):
+    for ((image, mask), labels), ((image2, mask2), labels2) in zip(one, other, strict=True):
+        same = torch.equal(image, image2) and torch.equal(mask, mask2)
+        if not (same and torch.equal(labels, labels2)):
             return False
     return True
 
@@ -133,6 +142,41 @@ def test_samples_do_not_depend_on_the_process_own_randomness():
 
 
 @FORMS
+def test_micro_batches_are_the_parts_of_a_steps_batch(form):
+    whole, parts = stream(augment=form), stream(augment=form, accumulate=4)
+    for i, ((images, masks), labels) in enumerate(whole):
+        inputs, part_labels = zip(*parts[4 * i:4 * i + 4], strict=True)
+        part_images, part_masks = zip(*inputs, strict=True)
+        assert torch.allclose(torch.cat(part_images), images, atol=1e-6)
+        assert torch.equal(torch.cat(part_masks), masks)
+        assert torch.equal(torch.cat(part_labels), labels)
+
+
+def test_images_in_memory_are_augmented_as_those_that_are_not(monkeypatch):
+    held = stream(augment="batch")
+    read = []
+    original = data.read
+    monkeypatch.setattr(data, "read", lambda *args: read.append(args) or original(*args))
+    assert equal(stream(augment="batch"), held)
+    assert len(read) == 21                                  # each once, the first also for its size
+    stream(augment="image")
+    assert len(read) == 21 + 7 * 8                          # again and again
+    monkeypatch.setattr(data, "hold_small_images", lambda *args: None)
+    assert equal(stream(augment="batch"), held)
+
+
+def test_images_of_several_sizes_are_augmented_in_one_batch():
+    class Sizes(Synthetic):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return image.resize((16 + index % 3, 16 + index % 2)), label
+
+    for (images, _), _ in stream(augment="batch", dataset=Sizes(number=20, image_size=16)):
+        assert images.shape == (8, 3, 16, 16)
+        assert images.std((1, 2, 3)).min() > 0.01
+
+
+@FORMS
 @pytest.mark.parametrize("start", [1, 2, 3, 6])
 def test_a_resumed_stream_is_the_tail_of_the_full_one(start, form):
     assert equal(stream(augment=form)[start:], stream(start=start, augment=form))
@@ -144,11 +188,12 @@ def test_every_epoch_is_another_permutation():
     assert len(steps) == len(batches) == 4
     assert [epoch for step in steps for epoch, _ in step] == [0] * 20 + [1] * 20
     orders = [[index for step in steps[i:i + 2] for _, index in step] for i in (0, 2)]
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(100, 120)) and orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(100, 120))
+    assert orders[0] != orders[1]
 
 
 def test_augmentation_changes_with_the_epoch():
-    samples = data.Samples(data.Synthetic(number=1, image_size=16), CROP, 0)
+    samples = data.Samples(Synthetic(number=1, image_size=16), CROP, 0)
     assert torch.equal(samples[0, 0][0], samples[0, 0][0])
     assert not torch.equal(samples[0, 0][0], samples[1, 0][0])
 
@@ -159,33 +204,40 @@ def test_global_batches_do_not_depend_on_ranks_and_accumulation(world, accumulat
     monkeypatch.setattr(data, "world_size", lambda: world)
     ranks = []
     for rank in range(world):
-        monkeypatch.setattr(data, "rank", lambda: rank)
+        monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
         batches = data.GlobalBatches(range(20), 8, 8 // world // accumulate, 0, 5, 0)
         ranks.append(list(batches))
         assert len(ranks[-1]) == len(batches) == 5 * accumulate
-    for step, batch in enumerate(whole):                   # micro-batch by micro-batch, in each rank by rank
+    for step, batch in enumerate(whole):    # micro-batch by micro-batch, in each rank by rank
         parts = [ranks[r][step * accumulate + i] for i in range(accumulate) for r in range(world)]
         assert sum(parts, []) == batch
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_sees_every_image_once(world, monkeypatch):
-    dataset = data.Synthetic("val", 23, 16)
+    dataset = Synthetic("val", 23, 16)
     monkeypatch.setattr(data, "world_size", lambda: world)
+
+    def pixels(image):
+        return torch.tensor(np.asarray(image))
+
+    def key(image):
+        return tuple(image.flatten()[:50].tolist())
+
     for indices in (None, [2, 3, 5, 7, 11]):
         seen = []
         for rank in range(world):
-            monkeypatch.setattr(data, "rank", lambda: rank)
-            loader = data.eval_loader(dataset, lambda image: torch.tensor(np.asarray(image)), 4, 0, indices)
-            seen += [tuple(image.flatten()[:50].tolist()) for images, _ in loader for image in images]
-        expected = [tuple(as_array(dataset[i]).flatten()[:50].tolist()) for i in indices or range(23)]
+            monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
+            for images, _ in data.eval_loader(dataset, pixels, 4, 0, indices):
+                seen += [key(image) for image in images]
+        expected = [key(as_array(dataset[i])) for i in indices or range(23)]
         assert sorted(seen) == sorted(expected)
 
 
 def test_iterating_does_not_touch_the_global_random_state():
     """Else an added evaluation would change the training."""
     before = torch.get_rng_state()
-    iter(data.eval_loader(data.Synthetic("val", 4, 16), data.to_pixels, 2, 0))
+    iter(data.eval_loader(Synthetic("val", 4, 16), data.to_pixels, 2, 0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -240,7 +292,8 @@ def test_wrong_folders_are_refused_by_name(folder):
 def test_an_unreadable_image_is_named(folder, damage, workers):
     path = make_folder(folder / "set", images=1) / "train" / "bee" / "0.jpg"
     whole = path.read_bytes()
-    path.write_bytes({"truncated": whole[:len(whole) // 2], "text": b"not an image", "empty": b""}[damage])
+    damaged = {"truncated": whole[:len(whole) // 2], "text": b"not an image", "empty": b""}
+    path.write_bytes(damaged[damage])
     dataset = data.load_dataset("set", "train", 16)
     with pytest.raises(runtime.InputError) as error:
         list(data.eval_loader(dataset, data.eval_transform(16), 2, workers))
@@ -253,7 +306,7 @@ def test_an_unreadable_image_is_named(folder, damage, workers):
 # CIFAR through torchvision
 
 def make_cifar(kind, root, monkeypatch):
-    """A tiny archive in the layout of the original: pickles of rows of 3072 bytes, channel by channel."""
+    """A tiny archive, laid out as the original: pickles of rows of bytes, channel by channel."""
     folder = root / kind.base_folder
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -265,10 +318,10 @@ def make_cifar(kind, root, monkeypatch):
 
     def batch(name, images):
         rows = rng.integers(0, 256, (images, 3072), np.uint8)
-        return rows, write(name, {"data": rows, "labels" if kind is torchvision.datasets.CIFAR10 else "fine_labels":
-                                  [i % 10 for i in range(images)]})
+        labels = "labels" if kind is torchvision.datasets.CIFAR10 else "fine_labels"
+        return rows, write(name, {"data": rows, labels: [i % 10 for i in range(images)]})
 
-    train, names_in = zip(*(batch(f"train_{i}", 10) for i in range(2)))
+    train, names_in = zip(*(batch(f"train_{i}", 10) for i in range(2)), strict=True)
     val, val_in = batch("test", 10)
     meta, md5 = write("names", {"label_names": names})
     monkeypatch.setattr(kind, "train_list", [list(entry) for entry in names_in])
@@ -279,15 +332,19 @@ def make_cifar(kind, root, monkeypatch):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar(name, folder, monkeypatch):
-    rows, val = make_cifar(getattr(torchvision.datasets, name.upper()), folder / "data", monkeypatch)
+    kind = getattr(torchvision.datasets, name.upper())
+    rows, val = make_cifar(kind, folder / "data", monkeypatch)
     dataset = data.load_dataset(name, "train", 32)
-    assert len(dataset) == 20 and len(dataset.classes) == 10 and dataset.targets[11] == dataset[11][1] == 1
+    assert len(dataset) == 20 and len(dataset.classes) == 10
+    assert dataset.targets[11] == dataset[11][1] == 1
     pixels, _ = data.Samples(dataset, data.to_pixels, 0)[0, 11]
     assert torch.allclose(pixels, torch.tensor(rows[11].reshape(3, 32, 32)) / 127.5 - 1, atol=1e-6)
-    assert np.array_equal(as_array(data.load_dataset(name, "val", 32)[3]), val[3].reshape(3, 32, 32).transpose(1, 2, 0))
+    fourth = as_array(data.load_dataset(name, "val", 32)[3])
+    assert np.array_equal(fourth, val[3].reshape(3, 32, 32).transpose(1, 2, 0))
 
 
-@pytest.mark.parametrize("error", [urllib.error.URLError("no route"), RuntimeError("File not found or corrupted.")])
+@pytest.mark.parametrize("error", [urllib.error.URLError("no route"),
+                                   RuntimeError("File not found or corrupted.")])
 def test_cifar_that_is_not_there_is_refused(monkeypatch, error):
     def fail(*arguments, **keywords):
         raise error

@@ -6,17 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-import runtime
 import ranks
+import torch
 from conftest import COMMON, ROOT, run
+
+import checkpoint
 
 
 def torchrun(*command):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.Popen([*launch, *map(str, command)], start_new_session=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+              "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*launch, *map(str, command)], start_new_session=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     try:
         output = process.communicate(timeout=150)[0]
     finally:
@@ -30,26 +32,31 @@ def results(tmp_path_factory):
     """What one process computes, and what each of two ranks does."""
     folder = tmp_path_factory.mktemp("ranks")
     torchrun(ROOT / "tests" / "ranks.py", folder)
-    return ranks.checks(), *(torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
+    both = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return [ranks.checks(), *both]
 
 
 def test_codebook_is_that_of_one_process(results):
-    one, *both = (result["quantizer"] for result in results)
+    one, *both = [result["quantizer"] for result in results]
     assert all(one[f"revived {step}"].any() for step in (1, 2))     # else nothing is shown
     for key, value in one.items():
-        assert torch.equal(both[0][key], both[1][key]), key         # alike on both ranks, to the bit
-        assert torch.allclose(both[0][key].double(), value.double(), rtol=1e-12, atol=1e-12), key
+        assert torch.equal(both[0][key], both[1][key]), key         # the same on both, to the bit
+        found = both[0][key].double()
+        assert torch.allclose(found, value.double(), rtol=1e-12, atol=1e-12), key
 
 
 def test_batch_norm_is_over_the_global_batch(results):
-    one, *both = (result["batch_norm"] for result in results)
+    one, *both = [result["batch_norm"] for result in results]
     norm = torch.nn.BatchNorm1d(5).double()
     torch.nn.init.normal_(norm.weight, generator=ranks.seeded(0))
     x = (torch.randn(12, 5, generator=ranks.seeded(1)).double() * 3 + 2).requires_grad_()
     y = norm(x)
     (y * torch.randn(12, 5, generator=ranks.seeded(2)).double()).sum().backward()
-    for share, gradient, result in ((y, x.grad, one),
-                                    *((y.chunk(2)[rank], x.grad.chunk(2)[rank], both[rank]) for rank in range(2))):
+
+    cases = [(y, x.grad, one)]
+    for rank in range(2):
+        cases.append((y.chunk(2)[rank], x.grad.chunk(2)[rank], both[rank]))
+    for share, gradient, result in cases:
         assert torch.allclose(result["share"], share, rtol=1e-10)
         assert torch.allclose(result["gradient"], gradient, rtol=1e-8, atol=1e-12)
         assert torch.allclose(result["weight"], norm.weight.grad, rtol=1e-10)
@@ -57,44 +64,74 @@ def test_batch_norm_is_over_the_global_batch(results):
 
 
 def test_contrastive_loss_and_gradients(results):
-    one, *both = (result["moco"] for result in results)
+    one, *both = [result["moco"] for result in results]
     assert sum(bool(gradient.abs().max() > 1e-3) for gradient in one.values()) > 30
-    for key, value in one.items():                                  # the loss is taken in fp32
+    for key, value in one.items():                          # the loss is taken in fp32
         for result in both:
             error = (result[key] - value).abs().max()
-            assert error < 1e-5 * value.abs().max() + 1e-12, key    # the biases before a batch norm have no gradient
+            # 1e-12: the biases before a batch norm have no gradient
+            assert error < 1e-5 * value.abs().max() + 1e-12, key
 
 
 def test_evaluation_counts_every_image_once(results):
-    one, *both = (result["evaluation"] for result in results)
-    assert one["row"][2] == 23 and 0 < one["row"][0] < one["row"][1]
+    one, *both = [result["evaluation"] for result in results]
+    assert one["row"][2] == 23
+    assert 0 < one["row"][0] < one["row"][1]
     assert all(torch.equal(result["row"], one["row"]) for result in both)
     assert torch.allclose(both[0]["features"], one["features"], atol=1e-5)
-    assert torch.equal(both[0]["labels"], one["labels"]) and len(one["labels"]) == 23
+    assert torch.equal(both[0]["labels"], one["labels"])
+    assert len(one["labels"]) == 23
 
 
 def test_dense_evaluation_counts_every_image_once(results):
-    one, *both = (result["dense"] for result in results)
-    assert one["masks"]["images"] == 7 and 0 < one["masks"]["miou"] < one["masks"]["pixel_accuracy"] < 100
-    assert all(result == one for result in both)            # a confusion matrix of integers: to the bit
+    one, *both = [result["dense"] for result in results]
+    assert one["masks"]["images"] == 7
+    assert 0 < one["masks"]["miou"] < one["masks"]["pixel_accuracy"] < 100
+    assert all(result == one for result in both)            # integers are counted: to the bit
     if "boxes" in one:
-        assert one["boxes"]["box_ap"] == pytest.approx(100) and one["boxes"]["mask_ap"] == pytest.approx(100)
+        assert one["boxes"]["box_ap"] == pytest.approx(100)
+        assert one["boxes"]["mask_ap"] == pytest.approx(100)
 
 
 def test_trouble_on_one_rank_stops_all(results):
-    first, second = (result["trouble"] for result in results[1:])
+    first, second = [result["trouble"] for result in results[1:]]
     assert first == second
-    assert tuple(first[0]) == (dict(loss=1.5, grad_norm=1.0), 15)   # the means, the signal
-    for message, what in zip(first[1:], ("loss", "grad_norm") * 2):
-        assert message.startswith(f"{what} not finite at step 3 on rank 1 (images 3, 11);")
+    assert first[0] == (dict(loss=1.5, grad_norm=1.0), signal.SIGTERM)      # the means, the signal
+    for message, name in zip(first[1:], ("loss", "grad_norm") * 2, strict=True):
+        assert message.startswith(f"{name} not finite at step 3 on rank 1 (images 3, 11);")
+
+
+def test_the_rank_whose_gradient_is_bad_is_named(results):
+    """DDP's mean is NaN on both."""
+    first, second = [result["gradient_of_one_rank"] for result in results[1:]]
+    assert first == second
+    assert first[0] == first[2] == "finite"                 # what was bad is forgotten
+    assert first[1].startswith("grad_norm not finite at step 3 on rank 1 (images 3, 11);")
+
+
+def test_gradients_are_exchanged_at_the_last_micro_batch_alone(results):
+    one, *both = [result["accumulation"] for result in results]
+    for i in range(2):
+        assert not torch.allclose(both[0][i], both[1][i])
+    for result in both:
+        assert torch.allclose(result[2], one[2], rtol=1e-12, atol=1e-12)
+
+
+def test_storage_that_is_not_shared_is_refused(results):
+    one, *both = [result["storage_that_is_not_shared"] for result in results]
+    assert one == 5                                         # the control: it is found
+    for message in both:
+        assert "ranks found different checkpoints, of steps [0, 5]: it must lie on" in message
 
 
 def test_pretraining_on_two_ranks(chain):
     flags = [*chain.inputs["pretrain"], "--steps", "3", "--drop-path", "0"]
     run("pretrain", *flags, "--output", "one")
     torchrun(ROOT / "pretrain.py", *COMMON, *flags, "--output", "two")
-    one, two = (runtime.load_checkpoint(folder, ["pretrain"]) for folder in ("one", "two"))
-    assert one["step"] == two["step"] == 3 and list(one["model"]) == list(two["model"])
+    one, two = [checkpoint.load(folder, ["pretrain"]) for folder in ("one", "two")]
+    assert one["step"] == two["step"] == 3
+    assert list(one["model"]) == list(two["model"])
     for key, value in one["model"].items():
         assert torch.allclose(two["model"][key], value, atol=1e-4), key
-    assert [path.name for path in sorted(Path("two").iterdir())] == ["lock", "log.jsonl", "step-00000003.pt"]
+    names = sorted(path.name for path in Path("two").iterdir())
+    assert names == ["lock", "log.jsonl", "step-00000003.pt"]

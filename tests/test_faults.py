@@ -1,7 +1,7 @@
 """Twelve faults that a long run meets, each injected. The long ones are run by `make test-faults`.
 
-"Alike" is by SHA-256 over all that is trained, the optimizer and the random state; each has a control that shows
-that the test would see a difference.
+"Alike" is by SHA-256 over all that is trained and the optimizer; each has a control that shows that
+the test would see a difference.
 """
 import contextlib
 import errno
@@ -16,20 +16,23 @@ import sys
 import time
 from pathlib import Path
 
+import faulty
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-import data
-import faulty
-import finetune
-import model
-import runtime
 from conftest import COMMON, OWN, ROOT, STAGES, run
+from PIL import Image
 from test_data import make_folder
-from test_runtime import Run, files, trained
+from test_logbook import Stage, files, rows, trained
 from test_stages import fails, newest, weights
+
+import checkpoint
+import data
+import finetune
+import logbook
+import runtime
+from logbook import Run
+from weights import network_of
 
 pytestmark = pytest.mark.faults
 long = pytest.mark.long
@@ -37,7 +40,10 @@ long = pytest.mark.long
 
 @contextlib.contextmanager
 def forked(function, *arguments):
-    """A child process that calls function(*arguments), in a session of its own; its pid. It is gone at the end."""
+    """A child process that calls function(*arguments), in a session of its own; its pid.
+
+    What it prints is in output.txt. It is gone at the end.
+    """
     pid = os.fork()
     if pid == 0:
         status = 70
@@ -46,7 +52,7 @@ def forked(function, *arguments):
             output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)   # pytest has others in their places
+            sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)   # pytest has its own
             function(*arguments)
             status = 0
         except SystemExit as stop:
@@ -64,6 +70,10 @@ def forked(function, *arguments):
             os.waitpid(pid, 0)
 
 
+def printed():
+    return Path("output.txt").read_text()
+
+
 def wait(pid, seconds=120):
     """Exit status of a child; negative: killed by that signal."""
     deadline = time.time() + seconds
@@ -72,55 +82,104 @@ def wait(pid, seconds=120):
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.005)
-    raise TimeoutError(Path("output.txt").read_text()[-2000:])
+    raise TimeoutError(printed()[-2000:])
+
+
+def wait_for(condition, *arguments, seconds=120):
+    deadline = time.time() + seconds
+    while not condition(*arguments):
+        assert time.time() < deadline, printed()[-2000:]
+        time.sleep(0.002)
+
+
+def finish_forked(stage, faults, flags):
+    """A stage with faults in a child process, to its end."""
+    with forked(faulty.main, stage, faults, flags) as pid:
+        assert wait(pid, 600) == 0, printed()[-2000:]
+
+
+def launch(stage, *flags):
+    """A stage as its script runs it, in this process."""
+    module = STAGES[stage]
+    runtime.launch(module.main, module.get_args([*COMMON, *OWN[stage], *flags]))
 
 
 def record(folder, rank=0):
-    """What a rank's record holds: {step: batches}, each a list of the samples' digests, and {step: digest}. What was
-    done twice was done alike."""
+    """What a rank's record holds: {step: the samples' digests}, {step: the weights' digest}.
+
+    What was done twice was done alike.
+    """
     batches, digests = {}, {}
-    for row in map(json.loads, (Path(folder) / f"rank-{rank}.jsonl").read_text().splitlines()):
-        known, key, value = (batches, row["batch"], row["samples"]) if "batch" in row else (digests, row["step"], row["digest"])
-        assert known.setdefault(key, value) == value, key
+    for line in (Path(folder) / f"rank-{rank}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "batch" in row:
+            step = row["batch"]
+            assert batches.setdefault(step, row["samples"]) == row["samples"], step
+        else:
+            step = row["step"]
+            assert digests.setdefault(step, row["digest"]) == row["digest"], step
     return batches, digests
 
 
 # ------------------------------------------------------------------------------------------------
 # 1. Killed at any moment
 
+MORE_TO_KEEP = {"tokenizer": ["--adversarial-weight", "0.1"], "finetune": ["--ema-decay", "0.9"]}
+
+
 def steps_done(folder):
     path = Path(folder) / "rank-0.jsonl"
-    return sum('"digest"' in line for line in path.read_text().splitlines()) if path.exists() else 0
+    if not path.exists():
+        return 0
+    return sum('"digest"' in line for line in path.read_text().splitlines())
+
+
+def has_done(folder, steps):
+    return steps_done(folder) >= steps
 
 
 def kill_and_go_on(stage, chain, kills, workers):
-    """Each kill comes at a random moment within the next six steps, so that it may fall before, in or after a checkpoint,
-    which is written every four; the run is so long that it is never over before the last kill."""
-    steps, rng, at = 5 * kills + 10, random.Random(0), []
-    also = dict(tokenizer=["--adversarial-weight", "0.1"], finetune=["--ema-decay", "0.9"]).get(stage, [])     # more to be kept
-    flags = [*chain.inputs[stage], *also, "--steps", str(steps), "--workers", str(workers)]
-    with forked(faulty.main, stage, ["record=whole.rec"], [*flags, "--output", "whole"]) as pid:
-        assert wait(pid, 600) == 0, Path("output.txt").read_text()[-2000:]
+    """Kills come at random moments: before, in or after a checkpoint, which is due every 4 steps.
+
+    Each comes within about the next eight steps, and the run is so long that it is never over
+    before the last kill.
+    """
+    steps = 5 * kills + 10
+    flags = [*chain.inputs[stage], *MORE_TO_KEEP.get(stage, []), "--steps", str(steps),
+             "--workers", str(workers)]
+    begun = time.time()
+    finish_forked(stage, ["record=whole.rec"], [*flags, "--output", "whole"])
+    seconds = (time.time() - begun) / steps                 # of a step here and now
+    rng = random.Random(0)
+    at = []
     for _ in range(kills):
-        with forked(faulty.main, stage, ["record=killed.rec"], [*flags, "--output", "killed"]) as pid:
-            target, deadline = steps_done("killed.rec") + rng.randrange(7), time.time() + 120
-            while steps_done("killed.rec") < target:
-                assert time.time() < deadline, Path("output.txt").read_text()[-2000:]
-                time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.1))
+        arguments = (stage, ["record=killed.rec"], [*flags, "--output", "killed"])
+        with forked(faulty.main, *arguments) as pid:
+            target = steps_done("killed.rec") + rng.randrange(7)
+            wait_for(has_done, "killed.rec", target)
+            time.sleep(rng.uniform(0, 2 * seconds))
             os.killpg(pid, signal.SIGKILL)
             assert wait(pid) == -signal.SIGKILL             # it was alive
         at.append(newest("killed")["step"] if list(Path("killed").glob("step-*.pt")) else 0)
-    assert max(at) < steps and (kills < 5 or len(set(at)) > 2)
-    with forked(faulty.main, stage, ["record=killed.rec"], [*flags, "--output", "killed"]) as pid:
-        assert wait(pid, 600) == 0, Path("output.txt").read_text()[-2000:]
+    assert max(at) < steps
+    assert kills < 5 or len(set(at)) > 2
+    finish_forked(stage, ["record=killed.rec"], [*flags, "--output", "killed"])
+
     whole, killed = newest("whole"), newest("killed")
-    assert killed["step"] == steps and weights(killed) == weights(whole) and killed["best"] == whole["best"]
-    assert record("killed.rec") == record("whole.rec") and len(record("whole.rec")[0]) == steps
-    assert steps_done("killed.rec") > steps                 # some were done again: the kills cost something
-    with forked(faulty.main, stage, ["record=other.rec"], [*flags, "--output", "other", "--seed", "1"]) as pid:   # the control
-        assert wait(pid, 600) == 0
-    assert weights(newest("other")) != weights(whole) and record("other.rec") != record("whole.rec")
+    assert killed["step"] == steps
+    assert weights(killed) == weights(whole)
+    assert killed["best"] == whole["best"]
+    assert record("killed.rec") == record("whole.rec")
+    assert len(record("whole.rec")[0]) == steps
+    assert steps_done("killed.rec") > steps                 # the kills cost something
+    if Path("whole/best.pt").exists():
+        best, killed_best = [checkpoint.load(f"{run}/best.pt") for run in ("whole", "killed")]
+        assert weights(killed_best) == weights(best)
+        assert killed_best["best"] == best["best"]
+    # the control
+    finish_forked(stage, ["record=other.rec"], [*flags, "--output", "other", "--seed", "1"])
+    assert weights(newest("other")) != weights(whole)
+    assert record("other.rec") != record("whole.rec")
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "finetune"])
@@ -138,122 +197,147 @@ def test_killed_twenty_times_and_resumed(stage, workers, chain):
 # ------------------------------------------------------------------------------------------------
 # 2. Killed in a save
 
-def save_for_ever():
-    trained(10 ** 9)
+def train_for_ever():
+    trained(10 ** 9, steps=10 ** 9)
+
+
+def last_file():
+    """The newest checkpoint's name, as the folder has it at this moment."""
+    return max((path.name for path in Path("run").glob("step-*.pt")), default="")
+
+
+def has_file_after(name):
+    return last_file() > name
 
 
 def test_killed_twenty_times_while_saving():
-    rng, steps = random.Random(0), []
+    rng = random.Random(0)
+    steps = []
     for _ in range(20):
-        with forked(save_for_ever) as pid:
-            time.sleep(rng.uniform(0.1, 0.4))
-        steps.append(runtime.load_checkpoint("run")["step"])
-        assert len(list(Path("run").glob("step-*.pt"))) <= 3        # two, and one that was to be removed
-    assert steps == sorted(steps) and steps[-1] > steps[0]
-    run = Run()
-    assert run.resume() == steps[-1] and not list(Path("run").glob("*.tmp"))
-    run.train(steps[-1] + 5)
+        before = last_file()
+        with forked(train_for_ever):
+            wait_for(has_file_after, before)
+            time.sleep(rng.uniform(0, 0.1))
+        steps.append(checkpoint.load("run")["step"])
+        assert len(list(Path("run").glob("step-*.pt"))) <= 3    # two, and one that was to go
+    assert all(after > before for before, after in zip(steps, steps[1:], strict=False))
+    stage = Stage(steps=10 ** 9)
+    assert stage.begin() == steps[-1]
+    assert not list(Path("run").glob("*.tmp"))
+    stage.train(steps[-1] + 5)
     assert len(files()) == 2
 
 
-@pytest.mark.parametrize("after", ["fsync", "replace", "unlink", "write"])
-def test_stopped_at_each_point_of_a_save(after):
+POINTS = {"write": (torch, "save"), "fsync": (os, "fsync"), "replace": (os, "replace"),
+          "unlink": (Path, "unlink")}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_stopped_at_each_point_of_a_save(point):
+    owner, name = POINTS[point]
+    original = getattr(owner, name)
+
     def die(*arguments, **keywords):
         original(*arguments, **keywords)
         os._exit(9)
 
     def doomed():
-        nonlocal original
-        run = Run()
-        run.resume()
-        run.train(14)                                       # two are there: the third is doomed
-        owner, name = dict(fsync=(os, "fsync"), replace=(os, "replace"), unlink=(Path, "unlink"), write=(torch, "save"))[after]
-        original = getattr(owner, name)
+        stage = trained(14)                                 # two are there: the third is doomed
         setattr(owner, name, die)
-        run.train(15)
+        stage.train(15)
 
-    original = None
     with forked(doomed) as pid:
         assert wait(pid) == 9
-    expected = 10 if after in ("fsync", "write") else 15
-    assert runtime.load_checkpoint("run")["step"] == expected
-    assert bool(list(Path("run").glob("*.tmp"))) == (expected == 10)    # the control: it was in the midst
-    run = Run(seed=1)
-    assert run.resume() == expected and not list(Path("run").glob("*.tmp"))
-    run.train(20)
+    expected = 10 if point in ("fsync", "write") else 15
+    assert checkpoint.load("run")["step"] == expected
+    assert bool(list(Path("run").glob("*.tmp"))) == (expected == 10)    # the control: in its midst
+    stage = Stage(seed=1)
+    assert stage.begin() == expected
+    assert not list(Path("run").glob("*.tmp"))
+    stage.train(20)
     assert files() == ["step-00000015.pt", "step-00000020.pt"]
-    assert run.digest() == trained(20, output="whole").digest() != trained(20, output="other", seed=1).digest()
+    assert stage.digest() == trained(20, output="whole").digest()
+    assert stage.digest() != trained(20, output="other", seed=1).digest()
 
 
 # ------------------------------------------------------------------------------------------------
 # 3. Damaged files
 
 def damage(path, how):
-    size = path.stat().st_size
+    """Cut the file to a percentage, or write zeros, or flip a bit, within its largest tensor."""
+    if how.endswith("%"):
+        with open(path, "r+b") as file:
+            file.truncate(int(path.stat().st_size * float(how[:-1]) / 100))
+        return
+    state = torch.load(path, weights_only=True)
+    tensors = list(state["model"].values())
+    for moments in state["optimizer"]["state"].values():
+        tensors += moments.values()
+    largest = max(tensors, key=lambda tensor: tensor.nbytes).numpy().tobytes()
+    place = path.read_bytes().index(largest)
+    wrong = bytes(min(len(largest), 64 * 1024))
+    if how == "bit":
+        wrong = bytes([largest[0] ^ 16])
     with open(path, "r+b") as file:
-        if how.endswith("%"):
-            return file.truncate(int(size * float(how[:-1]) / 100))
-        state = torch.load(path, weights_only=True)         # within a tensor: torch itself notices nothing there
-        tensors = [*state["model"].values(), *(v for values in state["optimizer"]["state"].values() for v in values.values())]
-        largest = max(tensors, key=lambda tensor: tensor.nbytes).numpy().tobytes()
-        place, length = path.read_bytes().index(largest), min(len(largest), 64 * 1024)
         file.seek(place)
-        file.write(bytes(length) if how == "zeros" else bytes([largest[0] ^ 16]))
-    torch.load(path, weights_only=True)                     # the control: it loads
+        file.write(wrong)
+    torch.load(path, weights_only=True)             # the control: torch itself notices nothing here
 
 
 @pytest.mark.parametrize("how", ["0%", "50%", "99.99%", "zeros", "bit"])
 def test_the_newest_file_damaged(how, chain, capsys):
     shutil.copytree(chain.pretrain, "run")
-    flags = [*chain.inputs["pretrain"], "--output", "run"]
+    # force: the chain's paths of output and tokenizer are others
+    flags = [*chain.inputs["pretrain"], "--output", "run", "--resume", "force"]
     damage(Path("run/step-00000006.pt"), how)
-    run("pretrain", *flags, "--resume", "force")            # another output and tokenizer path than the chain's
+    run("pretrain", *flags)
     assert "step-00000006.pt: not loaded: " in capsys.readouterr().err
     assert weights(newest("run")) == weights(newest(chain.pretrain))
     for path in Path("run").glob("step-*.pt"):
         damage(path, how)
-    assert "run: no sound checkpoint" in fails(capsys, "pretrain", *flags, "--resume", "force", before=2)
+    assert "run: no sound checkpoint" in fails(capsys, "pretrain", *flags, before=2)
 
 
 # ------------------------------------------------------------------------------------------------
 # 4. No room, no right
 
-def test_a_file_that_grows_too_large(folder):
+def test_a_file_that_grows_too_large():
     """A limit of the system in place of a full disk: a real write that fails half way."""
     def limited():
-        run = Run()
-        run.resume()
-        run.train(9)
+        stage = trained(9)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        size = Path("run/step-00000005.pt").stat().st_size
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+        half = Path("run/step-00000005.pt").stat().st_size // 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
         try:
-            run.train(10)
+            stage.train(10)
         except runtime.InputError as error:
             os.write(1, str(error).encode())
             os._exit(2)
 
     with forked(limited) as pid:
         assert wait(pid) == 2
-    message = Path("output.txt").read_text()
-    assert "run/step-00000010.pt: not written (" in message and "MiB free" in message
-    assert files() == ["step-00000005.pt"] and Run().resume() == 5
+    assert "run/step-00000010.pt: not written (" in printed()
+    assert "MiB free" in printed()
+    assert files() == ["step-00000005.pt"]
+    assert Stage().begin() == 5
 
 
 def test_an_unwritable_output_fails_before_the_first_step(capsys, monkeypatch):
     def somebody():
         if os.getuid() == 0:                                # whom no right is denied
             os.setuid(65534)
-        runtime.launch(STAGES["teacher"].main, STAGES["teacher"].get_args([*COMMON, "--output", "run"]))
+        launch("teacher", "--output", "run")
 
     Path("file").write_text("")
-    assert "--output file/run: not writable" in fails(capsys, "teacher", "--output", "file/run")
+    message = fails(capsys, "teacher", "--output", "file/run")
+    assert "--output file/run: not writable" in message
     Path("output.txt").touch()
     Path(".").chmod(0o555)
     monkeypatch.setattr(data.TrainLoader, "__iter__", None)  # it comes to no step
     with forked(somebody) as pid:
         assert wait(pid) == 2
-    assert "--output run: not writable (Permission denied); choose another" in Path("output.txt").read_text()
+    expected = "--output run: not writable (Permission denied); choose another"
+    assert expected in printed()
     Path(".").chmod(0o755)
 
 
@@ -263,7 +347,8 @@ def test_an_unwritable_output_fails_before_the_first_step(capsys, monkeypatch):
 @contextlib.contextmanager
 def torchrun(stage, faults, *flags, ranks=2, launcher=()):
     """A stage with faults under torchrun; the process, its output in output.txt."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *launcher,
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", str(ranks), *launcher,
                str(ROOT / "tests" / "faulty.py"), stage, *faults, "--", *flags]
     with open("output.txt", "ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True,
@@ -277,9 +362,10 @@ def torchrun(stage, faults, *flags, ranks=2, launcher=()):
 
 
 def finish(stage, faults, *flags, **keywords):
+    """A stage with faults under torchrun, to its end: its status and output."""
     with torchrun(stage, faults, *flags, **keywords) as process:
         status = process.wait(240)
-    return status, Path("output.txt").read_text()
+    return status, printed()
 
 
 @long
@@ -287,79 +373,96 @@ def finish(stage, faults, *flags, **keywords):
 def test_sigterm_to_two_ranks_with_workers(where, chain):
     flags = [*chain.inputs["finetune"], "--workers", "2"]
     with torchrun("finetune", [f"touch={where}"], *flags, "--output", "run") as process:
-        deadline = time.time() + 120
-        while not Path("touched").exists():
-            assert process.poll() is None and time.time() < deadline, Path("output.txt").read_text()
-            time.sleep(0.02)
+        wait_for(lambda: Path("touched").exists() or process.poll() is not None)
+        assert process.poll() is None, printed()
         os.killpg(process.pid, signal.SIGTERM)
         begun = time.time()
-        while not list(Path("run").glob("step-*.pt")):
-            assert time.time() - begun < 5, Path("output.txt").read_text()
-            time.sleep(0.02)
+        wait_for(last_file, seconds=5)
         process.wait(60)
     assert process.returncode != 0
-    assert newest("run")["step"] == (1 if where == "step" else 5)    # the step after the evaluation, or the save, at the 4th
+    # else the step after the evaluation, or the save, which are at the 4th
+    assert newest("run")["step"] == (1 if where == "step" else 5)
     assert time.time() - begun < 30                         # before torchrun kills
     assert finish("finetune", [], *flags, "--output", "run")[0] == 0
     assert finish("finetune", [], *flags, "--output", "whole")[0] == 0
     one, whole = newest("run"), newest("whole")
-    assert one["step"] == 6 and weights(one) == weights(whole) and one["best"] == whole["best"]
+    assert one["step"] == 6
+    assert weights(one) == weights(whole)
+    assert one["best"] == whole["best"]
 
 
 @long
 def test_a_killed_rank_ends_the_job_and_a_restart_finishes_it(chain):
-    flags = [*chain.inputs["pretrain"]]
-    begun = time.time()
+    flags = chain.inputs["pretrain"]
     with torchrun("pretrain", ["kill=5"], *flags, "--output", "run") as process:
-        while not Path("struck").exists():
-            assert time.time() - begun < 120
-            time.sleep(0.02)
+        wait_for(Path("struck").exists)
         begun = time.time()
-        assert process.wait(60) != 0 and time.time() - begun < 10
+        assert process.wait(60) != 0
+        assert time.time() - begun < 10
     assert newest("run")["step"] == 4
     Path("struck").unlink()
-    status, output = finish("pretrain", ["kill=5"], *flags, "--output", "again", launcher=["--max-restarts", "1"])
-    assert status == 0 and Path("struck").exists(), output
+    status, output = finish("pretrain", ["kill=5"], *flags, "--output", "again",
+                            launcher=["--max-restarts", "1"])
+    assert status == 0, output
+    assert Path("struck").exists()
     assert finish("pretrain", [], *flags, "--output", "whole")[0] == 0
     assert weights(newest("again")) == weights(newest("whole"))
 
 
 @long
 def test_a_rank_that_hangs_ends_the_job_in_the_stated_time(chain):
-    with torchrun("pretrain", ["stop=3", "timeout=8"], *chain.inputs["pretrain"], "--output", "run") as process:
+    flags = [*chain.inputs["pretrain"], "--output", "run"]
+    with torchrun("pretrain", ["stop=3", "timeout=8"], *flags) as process:
+        wait_for(Path("struck").exists)
         begun = time.time()
-        while not Path("struck").exists():
-            assert time.time() - begun < 120
-            time.sleep(0.02)
-        begun = time.time()
-        assert process.wait(60) != 0 and time.time() - begun < 8 + 35    # torchrun kills the one that hangs after 30 s
+        assert process.wait(60) != 0
+        assert time.time() - begun < 8 + 35         # torchrun kills the one that hangs after 30 s
 
 
-SAME = {"finetune": ["--mixup", "0", "--drop-path", "0"], "pretrain": ["--drop-path", "0"], "segment": ["--drop-path", "0"],
-        "detect": ["--drop-path", "0", "--min-size", "32"]}
+# Flags without which two ranks draw other numbers than one.
+SAME = {
+    "finetune": ["--mixup", "0", "--drop-path", "0"],
+    "pretrain": ["--drop-path", "0"],
+    "segment": ["--drop-path", "0"],
+    "detect": ["--drop-path", "0", "--min-size", "32"],
+}
 
 
 def seen(name, weight, stage):
-    """What of a weight the loss depends on. Of the rest the gradient is 0 but for rounding, of which Adam makes steps: of
-    the keys' bias, and of a bias that batch norm takes away."""
+    """What of a weight the loss depends on.
+
+    Of the rest the gradient is 0 but for rounding, of which Adam makes steps: of the keys' bias,
+    and of a bias that batch norm takes away.
+    """
     if name.endswith("qkv.bias"):
-        return torch.cat([weight.chunk(3)[0], weight.chunk(3)[2]])
-    return weight[:0] if stage == "teacher" and name == "norm.bias" else weight
+        queries, _, values = weight.chunk(3)
+        return torch.cat([queries, values])
+    if stage == "teacher" and name == "norm.bias":
+        return weight[:0]
+    return weight
 
 
 @long
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_are_alike_and_as_one_in_float64(stage, chain):
     flags = [*chain.inputs[stage], *SAME.get(stage, [])]
-    assert finish(stage, ["double", "record=two.rec"], *flags, "--output", "two")[0] == 0, Path("output.txt").read_text()
-    with forked(faulty.main, stage, ["double", "record=one.rec"], [*flags, "--output", "one"]) as pid:
-        assert wait(pid, 240) == 0, Path("output.txt").read_text()
+    status, output = finish(stage, ["double", "record=two.rec"], *flags, "--output", "two")
+    assert status == 0, output
+    finish_forked(stage, ["double", "record=one.rec"], [*flags, "--output", "one"])
     first, second = record("two.rec", 0)[1], record("two.rec", 1)[1]
-    assert first == second and len(set(first.values())) == 6 and set(first) == {1, 2, 3, 4, 5, 6, -1} and first[6] == first[-1]
-    pairs = [[seen(key, newest(run)["model"][key], stage) for run in ("one", "two")] for key, value in newest("one")["model"].items()
-             if value.is_floating_point()]
-    worst = max(((one - two).norm() / one.norm().clamp(min=1e-3)).item() for one, two in pairs)
-    if stage in ("segment", "detect"):                      # dropout; sampled anchors and boxes: seeded by the rank
+    assert first == second
+    assert set(first) == {1, 2, 3, 4, 5, 6, -1}
+    assert len(set(first.values())) == 6
+    assert first[6] == first[-1]
+    worst = 0.0
+    one, two = newest("one")["model"], newest("two")["model"]
+    for name, weight in one.items():
+        if weight.is_floating_point():
+            expected = seen(name, weight, stage)
+            found = seen(name, two[name], stage)
+            error = (expected - found).norm() / expected.norm().clamp(min=1e-3)
+            worst = max(worst, error.item())
+    if stage in ("segment", "detect"):      # dropout; sampled anchors, boxes: seeded by the rank
         assert worst > 1e-12                                # the control: the figure can be larger
     else:
         assert worst < 1e-12
@@ -368,38 +471,43 @@ def test_two_ranks_are_alike_and_as_one_in_float64(stage, chain):
 @long
 def test_two_ranks_then_one_then_two(chain):
     flags = [*chain.inputs["pretrain"], "--steps", "9"]
-
-    def stopping(ranks, step, folder):
-        return finish("pretrain", [f"record={folder}", f"kill={step}"] if step else [f"record={folder}"], *flags, "--output", "run",
-                      ranks=ranks)
-
-    for ranks, step in ((2, 5), (1, 8), (2, None)):
+    parts = [(2, "part-1", ["kill=5"]), (1, "part-2", ["kill=8"]), (2, "part-3", [])]
+    for ranks, folder, kill in parts:
         Path("struck").unlink(missing_ok=True)
-        status, output = stopping(ranks, step, f"part-{ranks}-{step}")
-        assert (status == 0) == (step is None), output
-    assert finish("pretrain", ["record=whole"], *flags, "--output", "whole", ranks=1)[0] == 0
-    whole, seen = record("whole")[0], set()
-    for folder, ranks in (("part-2-5", 2), ("part-1-8", 1), ("part-2-None", 2)):
-        parts = [record(folder, rank)[0] for rank in range(ranks)]
-        for step in set.intersection(*map(set, parts)):
-            assert sum((part[step] for part in parts), []) == whole[step]
-            seen.add(step)
-    assert seen == set(range(9)) == set(whole)
+        status, output = finish("pretrain", [f"record={folder}", *kill], *flags,
+                                "--output", "run", ranks=ranks)
+        assert (status == 0) == (not kill), output
+    status, output = finish("pretrain", ["record=whole"], *flags, "--output", "whole", ranks=1)
+    assert status == 0, output
+    whole, _ = record("whole")
+    found = set()
+    for ranks, folder, _ in parts:
+        shares = [record(folder, rank)[0] for rank in range(ranks)]
+        for step in set.intersection(*map(set, shares)):
+            assert sum((share[step] for share in shares), []) == whole[step]
+            found.add(step)
+    assert found == set(range(9)) == set(whole)
     assert newest("run")["step"] == 9
-    status, output = finish("pretrain", [], *flags, "--output", "run", "--batch-size", "15", "--resume", "force")
-    assert status != 0 and "--batch-size 15 does not divide into 2 ranks" in output
+    status, output = finish("pretrain", [], *flags, "--output", "run", "--batch-size", "15",
+                            "--resume", "force")
+    assert status != 0
+    assert "--batch-size 15 does not divide into 2 ranks" in output
 
 
 @long
-@pytest.mark.parametrize("what", ["loss", "grad"])
-def test_nan_on_one_rank_stops_both_alike(what, chain):
+@pytest.mark.parametrize("what, name", [("loss", "loss"), ("grad", "grad_norm")])
+def test_nan_on_one_rank_stops_both_alike(what, name, chain):
     flags = [*chain.inputs["pretrain"], "--drop-path", "0"]
     status, output = finish("pretrain", ["record=rec", f"nan={what}"], *flags, "--output", "run")
-    assert status != 0 and output.count(f"pretrain.py: {'loss' if what == 'loss' else 'grad_norm'} not finite at step 2 on rank 1 (images ") == 2
-    assert output.count("exitcode  : 3") >= 1 and "exitcode  : 1" not in output
-    digests = [record("rec", rank)[1] for rank in range(2)]
-    assert digests[0] == digests[1] and sorted(digests[0]) == [-1, 1, 2]
-    assert digests[0][-1] == digests[0][2] != digests[0][1]     # at the end as after two steps
+    assert status != 0
+    message = f"pretrain.py: {name} not finite at step 2 on rank 1 (images "
+    assert output.count(message) == 2
+    assert output.count("exitcode  : 3") >= 1
+    assert "exitcode  : 1" not in output
+    first, second = [record("rec", rank)[1] for rank in range(2)]
+    assert first == second
+    assert sorted(first) == [-1, 1, 2]
+    assert first[-1] == first[2] != first[1]                # at the end as after two steps
     assert not list(Path("run").glob("step-*.pt"))
 
 
@@ -420,48 +528,72 @@ def bad_image(path, how):
 def test_an_unreadable_image_is_named_or_skipped(how, form, folder, capsys):
     bad_image(make_folder(folder / "set", images=10) / "train" / "bee" / "0.jpg", how)
     flags = ["--data", "set", "--batch-size", "8", "--steps", "4", "--augment", form]
-    assert "set/train/bee/0.jpg: not a readable image" in fails(capsys, "teacher", *flags, "--output", "run")
+    message = fails(capsys, "teacher", *flags, "--output", "run")
+    assert "set/train/bee/0.jpg: not a readable image" in message
+    flags += ["--skip-bad-images", "1"]
     for output, workers in (("run", "0"), ("again", "2")):
-        run("teacher", *flags, "--skip-bad-images", "1", "--output", output, "--workers", workers)
+        run("teacher", *flags, "--output", output, "--workers", workers)
     assert "set/train/bee/0.jpg" in capsys.readouterr().err
     assert weights(newest("run")) == weights(newest("again"))   # replaced by the same
     bad_image(folder / "set" / "train" / "bee" / "1.jpg", how)
     with pytest.raises(SystemExit) as stop:
-        runtime.launch(STAGES["teacher"].main, STAGES["teacher"].get_args([*COMMON, *flags, "--skip-bad-images", "1", "--output", "cap"]))
-    assert stop.value.code == 2 and "more than --skip-bad-images 1" in capsys.readouterr().err
+        launch("teacher", *flags, "--output", "cap")
+    assert stop.value.code == 2
+    assert "more than --skip-bad-images 1" in capsys.readouterr().err
 
 
 def test_a_replacement_is_never_a_held_out_image(folder):
     root = make_folder(folder / "set", images=10)
     bad_image(root / "train" / "bee" / "0.jpg", "text")
     dataset = data.load_dataset("set", "train", 16)
-    bad = next(i for i, (path, _) in enumerate(dataset.samples) if path.endswith("bee/0.jpg"))
+    paths = [path for path, _ in dataset.samples]
+    bad = next(i for i, path in enumerate(paths) if path.endswith("bee/0.jpg"))
     samples = data.Samples(dataset, data.eval_transform(16), 0, indices=[bad, 3], skip=1)
     for epoch in range(5):
         image, label = samples[epoch, bad]
-        assert torch.equal(image, samples[epoch, 3][0]) and label == samples[0, 3][1]
+        assert torch.equal(image, samples[epoch, 3][0])
+        assert label == samples[0, 3][1]
+
+
+AS_JPEG = ("CMYK", "L", "1×1", "huge")
+
+
+def image_of_kind(kind):
+    ramp = np.linspace(0, 255, 64 * 64).reshape(64, 64)     # from black at the top to white
+    if kind == "1×1":
+        return Image.new("RGB", (1, 1), (99, 0, 0))
+    if kind == "huge":
+        return Image.new("RGB", (10_000, 9_000), (9, 200, 9))
+    if kind == "I;16":
+        return Image.fromarray((ramp * 257).astype(np.uint16))
+    if kind == "CMYK":
+        return Image.fromarray(np.stack([ramp] * 3, 2).astype(np.uint8)).convert("CMYK")
+    return Image.fromarray(ramp.astype(np.uint8)).convert(kind)
 
 
 @pytest.mark.parametrize("kind", ["CMYK", "L", "P", "LA", "RGBA", "I;16", "1×1", "huge"])
 def test_images_of_all_kinds(kind, folder):
-    ramp = np.linspace(0, 255, 64 * 64).reshape(64, 64)
-    image = {"CMYK": lambda: Image.fromarray(np.stack([ramp] * 3, 2).astype(np.uint8)).convert("CMYK"),
-             "I;16": lambda: Image.fromarray((ramp * 257).astype(np.uint16)), "1×1": lambda: Image.new("RGB", (1, 1), (99, 0, 0)),
-             "huge": lambda: Image.new("RGB", (10_000, 9_000), (9, 200, 9))}.get(
-        kind, lambda: Image.fromarray(ramp.astype(np.uint8)).convert(kind))()
+    image = image_of_kind(kind)
     for split in ("train", "val"):
-        path = folder / "set" / split / "thing" / f"image.{'jpg' if kind in ('CMYK', 'L', '1×1', 'huge') else 'png'}"
+        path = folder / "set" / split / "thing" / f"image.{'jpg' if kind in AS_JPEG else 'png'}"
         path.parent.mkdir(parents=True)
         image.save(path)
     dataset = data.load_dataset("set", "train", 32)
-    for transform in (data.eval_transform(32, 1.0), data.pretrain_transform(32), data.pretrain_transform(32, form="batch")):
+    evaluated = data.eval_transform(32, 1.0)
+    for transform in (evaluated, data.pretrain_transform(32),
+                      data.pretrain_transform(32, form="batch")):
         pixels, _ = data.Samples(dataset, transform, 0)[0, 0]
-        assert (pixels[0] if isinstance(pixels, tuple) else pixels).shape == (3, 32, 32)
-    pixels = data.eval_transform(32, 1.0)(Image.open(path))  # as model.load's preprocess takes it, not through read()
-    assert torch.equal(pixels, data.Samples(dataset, data.eval_transform(32, 1.0), 0)[0, 0][0])
-    assert pixels.shape == (3, 32, 32) and pixels.min() >= -1 and pixels.max() <= 1
-    if kind not in ("1×1", "huge"):                         # a ramp it still is, from black to white
-        assert pixels[:, :2].mean() < -0.8 and pixels[:, -2:].mean() > 0.8
+        if isinstance(pixels, tuple):                       # form "batch": with drawn numbers
+            pixels = pixels[0]
+        assert pixels.shape == (3, 32, 32)
+    pixels = evaluated(Image.open(path))        # as weights.load's preprocess takes it, not read()
+    assert torch.equal(pixels, data.Samples(dataset, evaluated, 0)[0, 0][0])
+    assert pixels.shape == (3, 32, 32)
+    assert pixels.min() >= -1
+    assert pixels.max() <= 1
+    if kind not in ("1×1", "huge"):                         # a ramp it still is
+        assert pixels[:, :2].mean() < -0.8
+        assert pixels[:, -2:].mean() > 0.8
 
 
 # ------------------------------------------------------------------------------------------------
@@ -472,13 +604,16 @@ class Hostile:
         return os.mkdir, ("executed",)
 
 
-def test_a_hostile_pickle_in_every_script(capsys, monkeypatch):
-    monkeypatch.setitem(model.SIZES, "base", model.SIZES["nano"])
+READS = {"tokenizer": "--perceptual", "pretrain": "--tokenizer", "finetune": "--init",
+         "segment": "--init", "detect": "--init"}
+
+
+def test_a_hostile_pickle_in_every_script(capsys):
     torch.save(dict(model=Hostile()), "hostile.pt")
-    for stage, flag in (("tokenizer", "--perceptual"), ("pretrain", "--tokenizer"), ("finetune", "--init"), ("segment", "--init"),
-                        ("detect", "--init")):
-        if stage in STAGES:
-            assert "hostile.pt: no sound checkpoint" in fails(capsys, stage, flag, "hostile.pt", before=1)
+    for stage in STAGES:
+        if stage in READS:
+            message = fails(capsys, stage, READS[stage], "hostile.pt", before=1)
+            assert "hostile.pt: no sound checkpoint" in message
     Path("runs/demo/teacher").mkdir(parents=True)
     shutil.copy("hostile.pt", "runs/demo/teacher/step-00000001.pt")
     assert "no sound checkpoint" in fails(capsys, "teacher", before=1)
@@ -487,141 +622,196 @@ def test_a_hostile_pickle_in_every_script(capsys, monkeypatch):
     assert Path("executed").exists()
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+PREFIXES = ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_wrapped_names_are_converted(prefix, chain):
     state = newest(chain.pretrain)["model"]
     torch.save(dict(model={prefix + key: value for key, value in state.items()}), "wrapped.pt")
-    network, _, _ = finetune.build(finetune.get_args([*COMMON, "--init", "wrapped.pt"]), 10)
-    assert torch.equal(network.blocks[0].mlp.fc1.weight, state["blocks.0.mlp.fc1.weight"])
+    args = finetune.get_args([*COMMON, "--init", "wrapped.pt"])
+    network, _ = finetune.build(args, 10, checkpoint.load("wrapped.pt"))
+    found = network.blocks[0].mlp.fc1.weight
+    assert torch.equal(found, state["blocks.0.mlp.fc1.weight"])
 
 
 # ------------------------------------------------------------------------------------------------
 # 12. A golden checkpoint, two runs, too little memory
 
-def test_a_second_run_in_a_live_folder_is_refused(capsys):
+def test_a_second_run_in_a_live_folder_is_refused():
     def hold():
-        Run().resume()
+        Stage().begin()
         Path("ready").touch()
-        time.sleep(60)
+        signal.pause()
 
     with forked(hold) as pid:
-        while not Path("ready").exists():
-            time.sleep(0.01)
-        with pytest.raises(runtime.InputError, match="--output run: a run that is still alive writes there"):
-            Run().resume()
+        wait_for(Path("ready").exists)
+        expected = "--output run: a run that is still alive writes there"
+        with pytest.raises(runtime.InputError, match=expected):
+            Stage().begin()
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        assert Run().resume() == 0                          # the control: the lock went with its holder
+        assert Stage().begin() == 0                         # the control: the lock went with it
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError("no more"),
-                                   MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
-                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")],
-                         ids=["cuda", "python", "bare", "cpu", "cublas"])
-def test_out_of_memory_says_what_to_lower(error, chain, capsys, monkeypatch):
-    def fail(step, *rest):
-        if step == 5:
-            raise error
-        return check(step, *rest)
+ERRORS = {
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried"),
+    "python": MemoryError("no more"),
+    "bare": MemoryError(),
+    "cpu": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+}
 
-    check = runtime.check_step
-    monkeypatch.setattr(runtime, "check_step", fail)
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_out_of_memory_says_what_to_lower(kind, chain, capsys, monkeypatch):
+    check_finite = Run.check_finite
+
+    def fail(self, samples):
+        if self.step == 5:
+            raise ERRORS[kind]
+        check_finite(self, samples)
+
+    monkeypatch.setattr(Run, "check_finite", fail)
     with pytest.raises(SystemExit) as stop:
-        runtime.launch(STAGES["pretrain"].main, STAGES["pretrain"].get_args(
-            [*COMMON, *OWN["pretrain"], *chain.inputs["pretrain"], "--output", "run"]))
+        launch("pretrain", *chain.inputs["pretrain"], "--output", "run")
     message = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 4 and message.startswith("pretrain.py: out of memory (") and "--accumulate" in message
+    assert stop.value.code == 4
+    assert message.startswith("pretrain.py: out of memory (")
+    assert "--accumulate" in message
     assert "--checkpoint-activations" in message            # which tokenizer.py has not
     assert newest("run")["step"] == 4
 
 
-def test_a_process_that_really_runs_out_of_memory(chain):
+def test_a_process_that_really_runs_out_of_memory():
     def starved():
-        soft = 4096 * int(Path("/proc/self/statm").read_text().split()[0]) + 200 * 2 ** 20
-        resource.setrlimit(resource.RLIMIT_AS, (soft, soft))
-        runtime.launch(STAGES["finetune"].main, STAGES["finetune"].get_args(
-            [*COMMON, *OWN["finetune"], "--init", "none", "--model", "tiny", "--image-size", "224", "--patch-size", "16", "--output", "run"]))
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + 200 * 2 ** 20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        launch("finetune", "--init", "none", "--model", "tiny", "--image-size", "224",
+               "--patch-size", "16", "--output", "run")
 
     with forked(starved) as pid:
-        assert wait(pid) == 4, Path("output.txt").read_text()[-2000:]
-    assert "finetune.py: out of memory (" in Path("output.txt").read_text()
+        assert wait(pid) == 4, printed()[-2000:]
+    assert "finetune.py: out of memory (" in printed()
 
 
 def test_a_disk_that_fills_between_checkpoints(chain, capsys, monkeypatch):
-    def full(path, mode="r", *rest):
+    def full(path, *rest):
         if str(path).endswith("log.jsonl") and Path("run/step-00000004.pt").exists():
             raise OSError(errno.ENOSPC, "No space left on device")
-        return open(path, mode, *rest)
+        return open(path, *rest)
 
-    monkeypatch.setattr(runtime, "open", full, raising=False)
+    monkeypatch.setattr(logbook, "open", full, raising=False)
     message = fails(capsys, "pretrain", *chain.inputs["pretrain"], "--output", "run")
-    assert "run/log.jsonl: not written (No space left on device), " in message and "MiB free" in message
+    assert "run/log.jsonl: not written (No space left on device), " in message
+    assert "MiB free" in message
     assert newest("run")["step"] == 4
 
 
 def test_a_damaged_file_is_not_counted_among_those_kept():
-    run = trained(20)
+    stage = trained(20)
     Path("run/step-00000020.pt").write_bytes(b"")
-    again = Run()
-    assert again.resume() == 15 and files() == ["step-00000015.pt", "step-00000020.damaged"]
+    again = Stage()
+    assert again.begin() == 15
+    assert files() == ["step-00000015.pt", "step-00000020.damaged"]
     again.train(20)
-    assert files() == ["step-00000015.pt", "step-00000020.damaged", "step-00000020.pt"] and again.digest() == run.digest()
+    assert files() == ["step-00000015.pt", "step-00000020.damaged", "step-00000020.pt"]
+    assert again.digest() == stage.digest()
 
 
 def test_another_codebook_size_or_width_is_refused_in_one_line(chain, capsys):
-    run("tokenizer", *chain.inputs["tokenizer"], "--steps", "1", "--output", "run")
-    message = fails(capsys, "tokenizer", *chain.inputs["tokenizer"], "--output", "run", "--codebook-size", "16", "--resume", "force")
-    assert "holds a run of another architecture (size mismatch for" in message and "[32" in message and "[16" in message
-    run("finetune", "--init", "none", "--steps", "1", "--output", "other")
-    message = fails(capsys, "finetune", "--init", "none", "--model", "tiny", "--output", "other", "--resume", "force")
+    flags = [*chain.inputs["tokenizer"], "--output", "run"]
+    run("tokenizer", *flags, "--steps", "1")
+    message = fails(capsys, "tokenizer", *flags, "--codebook-size", "16", "--resume", "force")
+    assert "holds a run of another architecture (size mismatch for" in message
+    assert "[32" in message
+    assert "[16" in message
+    flags = ["--init", "none", "--output", "other"]
+    run("finetune", *flags, "--steps", "1")
+    message = fails(capsys, "finetune", *flags, "--model", "tiny", "--resume", "force")
     assert "holds a run of another architecture" in message
 
 
 def test_ctrl_c_says_how_it_goes_on(chain):
-    def interrupted():
-        faulty.main("finetune", ["touch=step"], [*chain.inputs["finetune"], "--output", "run"])
-
-    with forked(interrupted) as pid:
-        deadline = time.time() + 60
-        while not Path("touched").exists():
-            assert time.time() < deadline
-            time.sleep(0.01)
+    flags = [*chain.inputs["finetune"], "--output", "run"]
+    with forked(faulty.main, "finetune", ["touch=step"], flags) as pid:
+        wait_for(Path("touched").exists)
         os.kill(pid, signal.SIGINT)
         assert wait(pid) == 128 + signal.SIGINT
-    output = Path("output.txt").read_text()
-    assert "stopped at step 1 of 6: the same command goes on from run/step-00000001.pt" in output and "Traceback" not in output
+    expected = "stopped at step 1 of 6: the same command goes on from run/step-00000001.pt"
+    assert expected in printed()
+    assert "Traceback" not in printed()
+
+
+def evaluations(folder):
+    """Rows of a run's log without what it took."""
+    found = [row for row in rows(folder) if "split" in row]
+    return [{key: value for key, value in row.items() if key != "time"} for row in found]
 
 
 def test_stopped_at_an_epochs_end_it_is_evaluated_when_it_goes_on(chain, monkeypatch):
-    def interrupted(step, *arguments):
-        return check(step, *arguments)[0], signal.SIGTERM if step == 3 else 0
+    check_finite = Run.check_finite
 
-    check = runtime.check_step
+    def interrupted(self, samples):
+        check_finite(self, samples)
+        if self.step == 3:
+            self.signal = signal.SIGTERM
+
     flags = [*chain.inputs["finetune"], "--output", "run"]
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "check_step", interrupted)
+        patch.setattr(Run, "check_finite", interrupted)
         with pytest.raises(SystemExit):
             run("finetune", *flags)
-    assert newest("run")["step"] == 4 and not newest("run")["evaluated"] and newest("run")["best"] is None
+    assert newest("run")["step"] == 4
+    assert newest("run")["best"] is None
+    assert evaluations("run") == []
+    assert not Path("run/best.pt").exists()
     run("finetune", *flags)
     run("finetune", *chain.inputs["finetune"], "--output", "whole")
+    assert evaluations("run") == evaluations("whole")
+    assert [row["step"] for row in evaluations("run")] == [4, 6]
     for name in ("best.pt", "step-00000004.pt", "step-00000006.pt"):
-        one, whole = runtime.load_checkpoint(f"run/{name}"), runtime.load_checkpoint(f"whole/{name}")
-        assert weights(one) == weights(whole) and one["best"] == whole["best"] and one["evaluated"]
+        one, whole = checkpoint.load(f"run/{name}"), checkpoint.load(f"whole/{name}")
+        assert weights(one) == weights(whole)
+        assert one["best"] == whole["best"]
+
+
+def test_killed_in_the_last_evaluation_it_is_evaluated_when_it_goes_on(chain, monkeypatch):
+    def killed(self, step, **row):
+        if step == 6:
+            raise KeyboardInterrupt
+        log_evaluation(self, step, **row)
+
+    log_evaluation = Run.log_evaluation
+    flags = [*chain.inputs["finetune"], "--output", "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log_evaluation", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("finetune", *flags)
+    assert newest("run")["step"] == 6
+    assert [row["step"] for row in evaluations("run")] == [4]
+    run("finetune", *flags)
+    run("finetune", *chain.inputs["finetune"], "--output", "whole")
+    assert evaluations("run") == evaluations("whole")
+    one, whole = checkpoint.load("run/best.pt"), checkpoint.load("whole/best.pt")
+    assert weights(one) == weights(whole)
+    assert one["best"] == whole["best"]
 
 
 def golden_loss(state):
     """Cross-entropy of a fixed batch: a wave, every third patch masked, codes in turn."""
-    network = model.VisionTransformer(**state["model_args"])
+    network = network_of(state)
     network.load_state_dict(state["model"])
     images = torch.linspace(0, 60, 2 * 3 * 16 * 16).sin().view(2, 3, 16, 16)
     mask = (torch.arange(2 * 16) % 3 == 0).view(2, 4, 4)
-    return torch.nn.functional.cross_entropy(network(images, mask), torch.arange(int(mask.sum())) % 8).item()
+    target = torch.arange(int(mask.sum())) % 8
+    return torch.nn.functional.cross_entropy(network(images, mask), target).item()
 
 
 def test_golden_checkpoint():
-    """tests/golden.pt was written by the first version that had this test; its loss is in it. To 1e-5: other kernels."""
-    state = runtime.load_checkpoint(ROOT / "tests" / "golden.pt", ["pretrain"])
-    assert golden_loss(state) == pytest.approx(state["best"], rel=1e-5)
+    """tests/golden.pt was written by the first version that had this test; its loss is in it."""
+    state = checkpoint.load(ROOT / "tests" / "golden.pt", ["pretrain"])
+    assert golden_loss(state) == pytest.approx(state["best"], rel=1e-5)     # other kernels
     state["model"]["lm_head.bias"][0] += 0.5                # the control
     assert golden_loss(state) != pytest.approx(state["best"], rel=1e-5)

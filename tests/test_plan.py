@@ -1,82 +1,169 @@
-"""--dry-run: what it says is what a step takes."""
-from pathlib import Path
-
+"""python -m tools.plan: what it says is what a step takes."""
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import COMMON, OWN, STAGES
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.profiler import ProfilerActivity, profile
 
+import checkpoint
 import finetune
 import pretrain
 import runtime
-from conftest import COMMON, OWN, STAGES
+import tokenizer
 from model import VisionTransformer
 from tools import plan
+
+# The training pass over the forward pass, FLOPs: 3, and less with frozen networks beside it.
+RATIO = {"teacher": (1.1, 2.5), "tokenizer": (1.5, 2.9), "pretrain": (1.1, 2.9)}
+
+
+def arguments(stage, *flags):
+    return STAGES[stage].get_args([*COMMON, *OWN[stage], *flags])
+
+
+def printed(capsys, stage, *flags):
+    """What the command prints, a dict by the first words of its lines; "": the line above them."""
+    plan.main([stage, *COMMON, *OWN[stage], *flags])
+    first, *lines = capsys.readouterr().out.splitlines()
+    return {"": first} | {line[:20].strip(): line[20:] for line in lines}
+
+
+def numbers(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_says_what_it_will_cost(stage, chain, capsys, monkeypatch):
     monkeypatch.chdir(chain.root)
-    runtime.launch(STAGES[stage].main, STAGES[stage].get_args([*COMMON, *OWN[stage], "--dry-run", "0.001", "--output", "planned"]))
-    lines = dict((line[:20].strip(), line[20:]) for line in capsys.readouterr().out.splitlines())
-    state = runtime.load_checkpoint(chain.root / "runs" / "demo" / stage)
-    assert lines["steps"] == "6: 4 an epoch of 64 images" and lines["at 0.001 images/s"] == f"{6 * 16 / 0.001 / 3600:.1f} hours"
-    found = plan.estimate(STAGES[stage].get_args([*COMMON, *OWN[stage]]), 11 if stage == "segment" else 10)
-    trained = sum(v["exp_avg"].numel() for v in state["optimizer"]["state"].values())
-    assert found["trained"] == trained
-    newest = sorted((chain.root / "runs" / "demo" / stage).glob("step-*.pt"))[-1]
-    assert found["written"] == pytest.approx(newest.stat().st_size, rel=0.25)           # small tensors: names and headers count
-    assert found["micro"] == 16 and found["forward"] > 1e6 and found["activations"] > 1e5
-    least, most = dict(teacher=(1.1, 2.5), tokenizer=(1.5, 2.9), pretrain=(1.1, 2.9)).get(stage, (2.5, 3.0))  # with frozen networks
-    assert least < found["training"] / found["forward"] <= most
+    lines = printed(capsys, stage, "--images-per-second", "0.001", "--output", "planned")
+    assert lines["steps"] == "6: 4 an epoch of 64 images"
+    assert lines["time"] == f"{6 * 16 / 0.001 / 3600:.1f} hours at 0.001 images/s"
     assert not (chain.root / "planned").exists()
 
+    found = plan.estimate(arguments(stage), classes=11 if stage == "segment" else 10)
+    state = checkpoint.load(getattr(chain, stage))
+    moments = [own["exp_avg"].numel() for own in state["optimizer"]["state"].values()]
+    assert found.trained == sum(moments)
+    assert found.micro == 16
+    assert found.forward > 1e6
+    assert found.activations > 1e5
+    least, most = RATIO.get(stage, (2.5, 3.0))
+    assert least < found.training / found.forward <= most
+    # the checkpoint: networks and moments, to the number; its file, but for names and headers
+    weights = 0
+    for name, part in state.items():
+        if name not in ("args", "model_args", "optimizer") and isinstance(part, dict):
+            weights += sum(tensor.numel() for tensor in part.values())
+    assert found.written == 4 * (weights + 2 * sum(moments))
+    newest = checkpoint.files(getattr(chain, stage))[0]
+    assert found.written == pytest.approx(newest.stat().st_size, rel=0.25)
 
-def test_vit_huge_costs_nothing_to_ask():
+
+def test_vit_huge_costs_nothing_to_ask(monkeypatch):
+    plan_pretrain = plan.PLANS["pretrain"]
+    seen = []
+
+    def watched(*given):
+        model, frozen, loss = plan_pretrain(*given)
+        for module in (model, *frozen):
+            seen.extend([*module.parameters(), *module.buffers()])
+        return model, frozen, loss
+
+    monkeypatch.setitem(plan.PLANS, "pretrain", watched)
     args = pretrain.get_args(["--model", "huge", "--batch-size", "16", "--tokenizer", "nowhere"])
-    before = high_water()
     found = plan.estimate(args, 1000)
-    assert high_water() - before < 2 ** 29                  # its weights alone are 2.4 GiB
-    assert 630e6 < found["trained"] < 650e6
+    assert len(seen) > 500
+    assert all(isinstance(tensor, FakeTensor) for tensor in seen)       # no storage behind it
+    assert 630e6 < found.trained < 650e6
     tokens, dim, depth = 197, 1280, 32
     by_hand = 2 * depth * (12 * tokens * dim ** 2 + 2 * tokens ** 2 * dim)
-    assert by_hand < found["forward"] < 1.1 * by_hand       # with the tokenizer's encoder and the head
+    assert by_hand < found.forward < 1.1 * by_hand          # with the tokenizer's encoder, the head
 
 
-def high_water():
-    """The most memory that this program has held, in bytes; ru_maxrss would begin at what its parent held."""
-    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+def test_no_fake_tensor_is_left(chain):
+    plan.estimate(arguments("finetune", "--init", str(chain.pretrain)), 10)
+    vit = VisionTransformer(32, 8, dim=32, depth=1, heads=2, positions="block")
+    tokens = vit(torch.zeros(1, 3, 20, 40))                 # with positions of another grid
+    assert not isinstance(tokens, FakeTensor)
 
 
 def test_activations_are_what_the_allocator_holds():
-    flags = [*COMMON, "--init", "none", "--model", "tiny", "--image-size", "224", "--patch-size", "16", "--batch-size", "24"]
+    flags = [*COMMON, "--init", "none", "--model", "tiny", "--image-size", "224",
+             "--patch-size", "16", "--batch-size", "24"]
     args = finetune.get_args(flags)
-    found, (model, _, _) = plan.estimate(args, 1000), finetune.build(args, 1000)
+    found = plan.estimate(args, 1000)
+    model, _ = finetune.build(args, 1000, {})
     images = torch.zeros(args.batch_size, 3, args.image_size, args.image_size)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        loss = torch.nn.functional.cross_entropy(model(images), torch.zeros(len(images), dtype=torch.int64))
-    held = sum(event.self_cpu_memory_usage for event in profile.key_averages())      # taken and not given back
-    assert loss.requires_grad and found["activations"] == pytest.approx(held, rel=0.02)
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        loss = F.cross_entropy(model(images), labels)
+    # taken and not given back
+    held = sum(event.self_cpu_memory_usage for event in profiled.key_averages())
+    assert loss.requires_grad
+    assert found.activations == pytest.approx(held, rel=0.02)
     less = plan.estimate(finetune.get_args([*flags, "--checkpoint-activations"]), 1000)
-    assert less["activations"] < 0.3 * found["activations"] and less["trained"] == found["trained"]
+    assert less.activations < 0.3 * found.activations
+    assert less.trained == found.trained
 
 
-def test_what_is_given_counts(chain, capsys):
-    def hours(*flags):
-        runtime.launch(finetune.main, finetune.get_args([*COMMON, "--init", "none", "--steps", "8", "--dry-run", *flags]))
-        return capsys.readouterr().out
+def test_the_images_of_fine_tuning_are_counted(capsys):
+    scratch = ["--init", "none", "--steps", "8"]
+    flags = [*scratch, "--label-fraction", "0.25", "--batch-size", "10"]
+    assert printed(capsys, "finetune", *flags)["steps"] == "8: 2 an epoch of 20 images"
+    lines = printed(capsys, "finetune", *scratch, "--holdout", "0.25")
+    assert lines["steps"] == "8: 2 an epoch of 44 images"
 
-    assert "8: 2 an epoch of 20 images" in hours("--label-fraction", "0.25", "--batch-size", "10")
-    assert "of 44 images" in hours("--label-fraction", "1", "--holdout", "0.25")
-    big = dict(image_size=32, patch_size=8, dim=128, depth=2, heads=2, codes=8)
-    torch.save(dict(stage="pretrain", model_args=big, model={}), "big.pt")
-    args = finetune.get_args([*COMMON, "--init", "big.pt"])
-    assert plan.estimate(args, 10)["trained"] == sum(p.numel() for p in VisionTransformer(
-        **{k: v for k, v in big.items() if k != "codes"}, positions="block", classes=10).parameters())
-    assert VisionTransformer(32, 8, dim=32, depth=1, heads=2, positions="block")(torch.zeros(1, 3, 20, 40)).is_cpu   # no fake ones are left
-    plain, averaged = (plan.estimate(finetune.get_args([*COMMON, "--init", "none", *flags]), 10) for flags in ([], ["--ema-decay", "0.9"]))
-    assert averaged["written"] == pytest.approx(4 / 3 * plain["written"], rel=0.01) and averaged["held"] == 2 * plain["held"]
-    none, judged = (plan.estimate(STAGES["tokenizer"].get_args([*COMMON, *OWN["tokenizer"], "--adversarial-weight", weight]), 10)
-                    for weight in ("0", "0.1"))
-    assert judged["trained"] - none["trained"] == sum(p.numel() for p in STAGES["tokenizer"].PatchDiscriminator().parameters())
-    pixel = plan.estimate(STAGES["tokenizer"].get_args([*COMMON, *OWN["tokenizer"], "--perceptual-weight", "0"]), 10)
-    whole = plan.estimate(STAGES["tokenizer"].get_args([*COMMON, *OWN["tokenizer"], "--perceptual", str(chain.teacher)]), 10)
-    assert pixel["forward"] < whole["forward"] and pixel["held"] < whole["held"]
+
+def test_ranks_and_micro_batches_share_the_images(capsys):
+    flags = ["--init", "none", "--accumulate", "2"]
+    lines = printed(capsys, "finetune", "--ranks", "2", *flags)
+    assert lines[""] == "finetune.py, ranks: 2, images on each at a time: 4"
+    args = arguments("finetune", *flags)
+    one = plan.estimate(args, 10)
+    two = plan.estimate(args, 10, ranks=2)
+    assert (one.micro, two.micro) == (8, 4)
+    # the position biases are the same for any number of images
+    assert 0.5 <= two.activations / one.activations < 0.6
+    assert two.trained == one.trained
+
+
+def test_without_the_dataset_it_is_the_papers(capsys):
+    lines = printed(capsys, "teacher", "--data", "nowhere")
+    assert lines["steps"].startswith("6: 80,072 an epoch of 1,281,167 images, the paper's")
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(runtime.InputError, match="--batch-size 1024 is more than the 64 training"):
+        plan.main(["teacher", *COMMON, "--batch-size", "1024"])
+
+
+def test_the_network_is_that_of_the_checkpoint():
+    big = dict(image_size=32, patch_size=8, dim=128, depth=2, heads=2)
+    model_args = dict(big, positions="shared", codes=8)
+    torch.save(dict(stage="pretrain", model_args=model_args, model={}), "big.pt")
+    found = plan.estimate(arguments("finetune", "--init", "big.pt"), 10)
+    own = VisionTransformer(**big, positions="block", classes=10)
+    assert found.trained == numbers(own)
+
+
+def test_averaged_weights_are_held_and_written():
+    plain = plan.estimate(arguments("finetune", "--init", "none"), 10)
+    averaged = plan.estimate(arguments("finetune", "--init", "none", "--ema-decay", "0.9"), 10)
+    assert averaged.trained == plain.trained
+    assert averaged.held == 2 * plain.held
+    assert averaged.written == pytest.approx(4 / 3 * plain.written, rel=0.01)
+
+
+def test_a_discriminator_is_trained_too():
+    none = plan.estimate(arguments("tokenizer", "--adversarial-weight", "0"), 10)
+    judged = plan.estimate(arguments("tokenizer", "--adversarial-weight", "0.1"), 10)
+    assert judged.trained - none.trained == numbers(tokenizer.PatchDiscriminator())
+
+
+def test_without_a_perceptual_loss_there_is_no_network_of_it(chain):
+    pixel = plan.estimate(arguments("tokenizer", "--perceptual-weight", "0"), 10)
+    whole = plan.estimate(arguments("tokenizer", "--perceptual", str(chain.teacher)), 10)
+    assert pixel.trained == whole.trained
+    assert pixel.forward < whole.forward
+    assert pixel.held < whole.held

@@ -1,6 +1,11 @@
-"""The README names only what exists."""
+"""The documentation names only what exists, and its commands and example run."""
+import argparse
+import ast
 import re
-from pathlib import Path
+import shlex
+
+import pytest
+from conftest import ROOT
 
 import detect
 import finetune
@@ -8,26 +13,172 @@ import pretrain
 import segment
 import teacher
 import tokenizer
+from tools import bench, codewords, export, plan, report
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+STAGES = {module.__name__: module
+          for module in (teacher, tokenizer, pretrain, finetune, segment, detect)}
+# By path. RESULTS.md is written from logs.
+DOCS = {str(path.relative_to(ROOT)): path.read_text()
+        for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.name != "RESULTS.md"}
+README = DOCS["README.md"]
+TORCHRUN = {"--max-restarts", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
+FENCE = re.compile(r"```(\w*)\n(.*?)```", re.S)
+
+
+def code(text):
+    """The lines of code of a Markdown text: of its blocks without a language, and in its lines."""
+    lines = []
+    for language, block in FENCE.findall(text):
+        if not language:
+            lines += block.replace("\\\n", " ").splitlines()
+    for inline in re.findall(r"`([^`]+)`", FENCE.sub("", text)):
+        lines.append(" ".join(inline.split()))
+    return lines
+
+
+def commands(text):
+    """(stage or tool, its flags) of each command in a text."""
+    found = []
+    for line in code(text):
+        script = re.search(r"(?:^|\s)(\w+)\.py\s", line + " ")
+        module = re.search(r"\bpython -m tools\.(\w+)", line)
+        if module:
+            found.append((f"tools.{module[1]}", shlex.split(line[module.end():], comments=True)))
+        elif script and script[1] in STAGES:
+            found.append((script[1], shlex.split(line[script.end():], comments=True)))
+    return found
+
+
+def anchors(text):
+    """What a Markdown text's headings are linked by."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.M)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+# ------------------------------------------------------------------------------------------------
+# Names
+
+@pytest.mark.parametrize("doc", DOCS)
+def test_files_exist(doc):
+    names = set(re.findall(r"[\w./-]+\.(?:py|sh)\b", DOCS[doc]))
+    assert doc != "README.md" or len(names) > 10
+    for name in names:
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("doc", DOCS)
+def test_links_lead_somewhere(doc):
+    for link in re.findall(r"\]\(([^)]+)\)", DOCS[doc]):
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (ROOT / doc).parent / file if file else ROOT / doc
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
 
 
 def test_paper_map_points_at_code():
-    references = re.findall(r"`(\w+\.py):(\w+)`", README)
+    references = []
+    for text in DOCS.values():
+        references += re.findall(r"`(\w+\.py):(\w+)", text)
     assert len(references) > 10
     for file, name in references:
-        assert re.search(rf"^(class|def) {name}\b", (ROOT / file).read_text(), re.M), f"{file}:{name}"
+        source = (ROOT / file).read_text()
+        assert re.search(rf"^ *(class|def) {name}\b", source, re.M), f"{file}:{name}"
 
 
-def test_flags_exist():
-    helps = "".join((ROOT / f"{stage.__name__}.py").read_text() for stage in (teacher, tokenizer, pretrain, finetune, segment, detect))
-    helps += "".join(path.read_text() for path in (ROOT / "runtime.py", *(ROOT / "tools").glob("*.py")))
-    torchrun = {"--max-restarts", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
-    flags = set(re.findall(r"--[a-z][a-z-]+", README)) - torchrun
-    assert len(flags) > 15
+@pytest.mark.parametrize("doc", DOCS)
+def test_flags_exist(doc):
+    sources = [ROOT / f"{stage}.py" for stage in STAGES]
+    sources += [ROOT / "runtime.py", ROOT / "data.py", *(ROOT / "tools").glob("*.py")]
+    known = "".join(path.read_text() for path in sources)
+    flags = set(re.findall(r"--[a-z][a-z-]+", DOCS[doc])) - TORCHRUN
+    assert doc != "README.md" or len(flags) > 15
     for flag in flags:
-        assert f'"{flag}"' in helps, flag
+        assert f'"{flag}"' in known, flag
+
+
+def test_tests_of_faults_exist():
+    faults = (ROOT / "tests" / "test_faults.py").read_text()
+    section = DOCS["docs/runs-that-can-be-trusted.md"].split("## Faults that are tested")[1]
+    rows = re.findall(r"^\|(.*)\|$", section.split("\n## ")[0], re.M)
+    names = []
+    for row in rows:
+        names += re.findall(r"`(\w+)`", row.split("|")[-1])
+    assert len(names) > 15
+    for name in names:
+        assert f"def test_{name}" in faults, name
+
+
+# ------------------------------------------------------------------------------------------------
+# Commands
+
+class Parsed(Exception):
+    pass
+
+
+def parse(script, flags, monkeypatch):
+    """Parse a command line as the script does. argparse raises SystemExit where it cannot."""
+    if script in STAGES:
+        return STAGES[script].get_args(flags)
+    if script in ("tools.demo", "tools.cifar10"):           # take no flags in the documentation
+        assert (ROOT / script.replace(".", "/")).with_suffix(".py").exists()
+        assert flags == []
+        return None
+    tools = {"tools.plan": plan, "tools.bench": bench, "tools.codewords": codewords}
+    if script in tools:
+        return tools[script].get_args(flags)
+    tool = {"tools.export": export, "tools.report": report}[script]
+    plain = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, argv):
+        plain(self, argv)
+        raise Parsed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        with pytest.raises(Parsed):
+            tool.main(flags)
+
+
+@pytest.mark.parametrize("doc", DOCS)
+def test_commands_parse(doc, monkeypatch):
+    found = commands(DOCS[doc])
+    assert doc != "README.md" or len(found) > 15
+    for script, flags in found:
+        if "STAGE" not in flags and "--help" not in flags:
+            parse(script, flags, monkeypatch)
+
+
+@pytest.mark.parametrize("file", [*(f"{stage}.py" for stage in STAGES), "tools/plan.py",
+                                  "tools/codewords.py", "tools/demo.py", "tools/export.py",
+                                  "tools/report.py"])
+def test_commands_of_a_script_parse(file, monkeypatch):
+    """Those in its docstring, which are indented."""
+    doc = ast.get_docstring(ast.parse((ROOT / file).read_text()), clean=False)
+    lines = re.findall(r"^    .*$", doc, re.M)
+    found = commands("```\n" + "\n".join(lines) + "\n```")
+    assert len(found) == len(lines) > 0
+    for script, flags in found:
+        parse(script, flags, monkeypatch)
+
+
+def test_a_command_that_does_not_parse_is_seen(monkeypatch):
+    text = "`pretrain.py --model gigantic`, `python -m tools.report`, `python -m tools.plan x`"
+    found = commands(text)
+    assert [script for script, _ in found] == ["pretrain", "tools.report", "tools.plan"]
+    for script, flags in found:
+        with pytest.raises(SystemExit):
+            parse(script, flags, monkeypatch)
+
+
+# ------------------------------------------------------------------------------------------------
+# The example in Python
+
+def form(text):
+    """A text with its numbers as # and without white space."""
+    return re.sub(r"\s", "", re.sub(r"[-+.\de]+", "#", text))
 
 
 def test_use_runs_as_shown(chain, capsys, monkeypatch):
@@ -36,21 +187,9 @@ def test_use_runs_as_shown(chain, capsys, monkeypatch):
     link = chain.root / "runs" / "demo" / "finetune-pre-trained-0"
     if not link.exists():
         link.symlink_to(chain.finetune)
-    code, shown = re.search(r"```python\n(.*?)```\nprints\n```\n(.*?)```", README, re.S).groups()
-    exec(code, {})
-    form = [re.sub(r"[-+.\de]+|\s", lambda m: "" if m[0].isspace() else "#", text) for text in (shown, capsys.readouterr().out)]
-    assert form[0] == form[1] and form[0].count("#") > 20
-
-
-def test_recipe_values():
-    """A few numbers of the README's recipe table, against the table in the scripts."""
-    p, t, f, m = pretrain.RECIPES["paper"], tokenizer.RECIPES["paper"], finetune.RECIPES["paper"], teacher.RECIPES["paper"]
-    s, d = segment.RECIPES["paper"], detect.RECIPES["paper"]
-    for text in (f"lr {s['lr'] * 1e4:g}e-4, weight decay {s['weight_decay']}, layer decay {s['layer_decay']}, {s['warmup_steps']} warm-up",
-                 f"shorter side {d['min_size']}…{d['image_size']} and longer ≤ {d['max_size']}",
-                 f"lr {d['lr'] * 1e4:g}e-4, layer decay {d['layer_decay']}, {d['warmup_steps']} warm-up",
-                 f"batch {p['batch_size']}, 300 or {p['epochs']} epochs", f"lr {p['lr'] * 1e3:g}e-3", f"K = {t['codebook_size']}",
-                 f"D = {t['code_dim']}", f"batch {t['batch_size']}, Adam lr {t['lr'] * 1e5:g}e-5", f"{t['warmup_steps']} warm-up steps",
-                 f"lr {f['lr'] * 1e3:g}e-3", f"layer decay {f['layer_decay']}", f"{f['warmup_epochs']} of warm-up",
-                 f"batch {m['batch_size']}, lr {m['lr'] * 1e3:g}e-3", f"channels {', '.join(map(str, t['channels']))}"):
-        assert text in README, text
+    example = r"```python\n(.*?)```\nprints\n```\n(.*?)```"
+    source, shown = re.search(example, README, re.S).groups()
+    exec(source, {})
+    printed = capsys.readouterr().out
+    assert form(printed) == form(shown)
+    assert form(printed).count("#") > 20

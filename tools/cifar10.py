@@ -1,15 +1,17 @@
-"""The paper's claim in miniature: with only the prediction target changed, do perceptual codes pre-train a better ViT?
+"""The paper's claim at a small size: do perceptual codes pre-train a better ViT than pixel codes?
 
-    python -m tools.cifar10                    # --recipe cifar on a GPU, cifar-cpu elsewhere; make cifar10 does the same
-    python -m tools.cifar10 --ablations        # and the paper's ablations
+    python -m tools.cifar10                 # --recipe cifar on a GPU, cifar-cpu elsewhere
+    python -m tools.cifar10 --ablations     # the paper's ablations too
 
-Runs the stages by the command lines that it prints, into runs/RECIPE/; what is finished is not run again, what was
-stopped goes on where it was. Then writes RESULTS.md and the README's table from the logs.
+Only the target of pre-training differs. Runs the stages by the command lines that it prints, into
+runs/RECIPE/; what is finished is not run again, what was stopped goes on where it was. Then writes
+RESULTS.md and the README's table from the logs.
 """
 import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -35,32 +37,63 @@ ARMS = {
     "random": "codes of an untrained tokenizer",
     "teacher": "the MoCo v3 teacher itself, fine-tuned",
 }
-# Untrained: at lr 0 only the codebook moves, from vectors of the first batch towards the means of the next ones.
-TOKENIZERS = {"pixel": "--perceptual-weight 0", "peco": "", "random": "--perceptual-weight 0 --lr 0 --steps 50"}
-FEW_LABELS = {                                             # our choice of lengths
-    "cifar": {"10": "--label-fraction 0.1 --epochs 100", "1": "--label-fraction 0.01 --epochs 200 --batch-size 250"},
-    "cifar-cpu": {"10": "--label-fraction 0.1 --epochs 15", "1": "--label-fraction 0.01 --epochs 50 --batch-size 50"},
+TOKENIZERS = {                  # arm → flags of tokenizer.py
+    "pixel": "--perceptual-weight 0",
+    "peco": "",
+    # At lr 0 only the codebook moves: from vectors of the first batch towards means of the next.
+    "random": "--perceptual-weight 0 --lr 0 --steps 50",
 }
-SEARCH = {                                                 # from scratch: lr × drop path
-    "cifar": [(lr, drop) for lr in (1e-3, 2e-3) for drop in (0.0, 0.1)],
-    "cifar-cpu": [(lr, drop) for lr in (3e-3, 6e-3) for drop in (0.0, 0.1)],
+FEW_LABELS = {                  # % of the labels → flags of finetune.py; our choice of lengths
+    "cifar": {
+        "10": "--label-fraction 0.1 --epochs 100",
+        "1": "--label-fraction 0.01 --epochs 200 --batch-size 250",
+    },
+    "cifar-cpu": {
+        "10": "--label-fraction 0.1 --epochs 15",
+        "1": "--label-fraction 0.01 --epochs 50 --batch-size 50",
+    },
 }
+SEARCH = {                      # (lr, drop path) tried for training from scratch
+    "cifar": [(1e-3, 0.0), (1e-3, 0.1), (2e-3, 0.0), (2e-3, 0.1)],
+    "cifar-cpu": [(3e-3, 0.0), (3e-3, 0.1), (6e-3, 0.0), (6e-3, 0.1)],
+}
+NOT_RUN = "*not run*"
 
 
 def ablations(recipe):
-    """The paper's tables: {title: {entry: (tokenizer's name, its flags, or None for one of the arms)}}."""
-    size, depth = tokenizer.RECIPES[recipe]["codebook_size"], SIZES[pretrain.RECIPES[recipe]["model"]]["depth"]
+    """Tables as the paper's: {title: {entry: (name of its tokenizer, flags of tokenizer.py)}}.
+
+    The flags are None where the tokenizer is one of the main table's.
+    """
+    codes = tokenizer.RECIPES[recipe]["codebook_size"]
+    depth = SIZES[pretrain.RECIPES[recipe]["model"]]["depth"]
     quarters = [depth * i // 4 for i in (1, 2, 3, 4)]
+    layers = {" ".join(map(str, quarters)): ("peco", None)}
+    for layer in quarters:
+        layers[str(layer)] = (f"layer-{layer}", f"--perceptual-layers {layer}")
+    # Supervised: not by the network that judges the reconstructions.
+    supervised = f"--perceptual runs/{recipe}/finetune-scratch-0"
     return {
-        "Weight λ": {"0": ("pixel", None), "0.3": ("lambda-0.3", "--perceptual-weight 0.3"), "1": ("peco", None),
-                     "3": ("lambda-3", "--perceptual-weight 3")},
-        "Layers": {" ".join(map(str, quarters)): ("peco", None), **{
-            str(layer): (f"layer-{layer}", f"--perceptual-layers {layer}") for layer in quarters}},
-        "Perceptual network": {"self-supervised": ("peco", None),  # not the network that judges the reconstructions
-                               "supervised": ("supervised", f"--perceptual runs/{recipe}/finetune-scratch-0")},
-        "Adversarial loss": {"none": ("peco", None), "PatchGAN, 0.1": ("adversarial", "--adversarial-weight 0.1")},
-        "Codebook size": {str(size // 2): (f"codes-{size // 2}", f"--codebook-size {size // 2}"), str(size): ("peco", None),
-                          str(size * 2): (f"codes-{size * 2}", f"--codebook-size {size * 2}")},
+        "Weight λ": {
+            "0": ("pixel", None),
+            "0.3": ("lambda-0.3", "--perceptual-weight 0.3"),
+            "1": ("peco", None),
+            "3": ("lambda-3", "--perceptual-weight 3"),
+        },
+        "Layers": layers,
+        "Perceptual network": {
+            "self-supervised": ("peco", None),
+            "supervised": ("supervised", supervised),
+        },
+        "Adversarial loss": {
+            "none": ("peco", None),
+            "PatchGAN, 0.1": ("adversarial", "--adversarial-weight 0.1"),
+        },
+        "Codebook size": {
+            f"{codes // 2}": (f"codes-{codes // 2}", f"--codebook-size {codes // 2}"),
+            f"{codes}": ("peco", None),
+            f"{codes * 2}": (f"codes-{codes * 2}", f"--codebook-size {codes * 2}"),
+        },
     }
 
 
@@ -68,148 +101,228 @@ def ablations(recipe):
 # Running
 
 class Runner:
-    """Runs command lines, `jobs` at a time, each in runs/RECIPE/NAME/; reads their logs. data: as --data of the stages;
-    extra: more flags for every stage.
+    """Runs command lines, `jobs` side by side, each in runs/RECIPE/NAME/, and reads their logs.
 
-    A job's folder has a job.json: its command, its seconds so far, whether it is finished. To run it anew (another
-    stage before it was, say), delete the folder.
+    data: --data of the stages; None: the recipe's. extra: a list of more flags for every stage.
+
+    A job's folder has a job.json: its command, its seconds so far, whether it is finished. To run a
+    job anew (another stage before it was, say), delete the folder.
     """
 
     def __init__(self, recipe, jobs=1, data=None, extra=()):
         self.recipe, self.jobs, self.folder = recipe, jobs, Path("runs") / recipe
-        self.data, self.extra = ["--data", data] if data else [], list(extra)
-        self.running, self.stopped = {}, False
+        self.data = ["--data", data] if data else []
+        self.extra = list(extra)
+        self.running = {}                                   # name → (process, command, start time)
+        self.stopped = False
+        self.failed = None                                  # (name, status, command) of the first
 
     def stop(self, *_):
         self.stopped = True
 
     def job(self, name):
         file = self.folder / name / "job.json"
-        return json.loads(file.read_text()) if file.exists() else dict(command=None, seconds=0.0, finished=False)
+        if not file.exists():
+            return dict(command=None, seconds=0.0, finished=False)
+        return json.loads(file.read_text())
+
+    def command(self, name, script, flags):
+        """A job's command line, a list. tools.codewords reads recipe and data from the run."""
+        if script == "tools.codewords":
+            return ["python", "-m", script, *flags.split()]
+        if {"--epochs", "--steps"} & set(self.extra):       # then all jobs have that length
+            flags = re.sub(r"--(epochs|steps) \S+", "", flags)
+        own = ["--recipe", self.recipe, "--output", f"{self.folder}/{name}"]
+        return ["python", script, *own, *flags.split(), *self.extra, *self.data]
 
     def run(self, jobs):
-        """Run {name: (script, flags)}, in any order."""
+        """Run {name: (script, flags)}, in any order, those that are not finished."""
         todo = []
         for name, (script, flags) in jobs.items():
-            if script == "tools.codewords":
-                command = ["-m", script, f"{self.folder}/{name.removeprefix('codewords-')}", "--recipe", self.recipe, *flags.split()]
-            else:
-                command = [script, "--recipe", self.recipe, "--output", f"{self.folder}/{name}", *flags.split(), *self.extra]
-            command = " ".join(["python", *command, *self.data])
+            command = self.command(name, script, flags)
             job = self.job(name)
-            if job["command"] != command or not job["finished"]:
+            if not job["finished"] or job["command"] != shlex.join(command):
                 todo.append((name, command))
-        threads, failed = max(1, (os.cpu_count() or 1) // max(1, min(self.jobs, len(todo)))), None
+        threads = max(1, (os.cpu_count() or 1) // max(1, min(self.jobs, len(todo))))
         while todo or self.running:
             while todo and len(self.running) < self.jobs and not self.stopped:
-                name, command = todo.pop(0)
-                print(f"{time.strftime('%H:%M:%S')}  {command}", flush=True)
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-                with open(self.folder / name / "output.txt", "a") as output:
-                    process = subprocess.Popen([sys.executable, *command.split()[1:]], stdout=output, stderr=output,
-                                               env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-                self.running[name] = process, command, time.time()
+                self.start(*todo.pop(0), threads)
             time.sleep(0.2)
-            for name, (process, command, begun) in list(self.running.items()):
-                if self.stopped:
-                    process.terminate()                    # a stage then writes a checkpoint
-                if process.poll() is not None:
-                    del self.running[name]
-                    job = dict(command=command, seconds=self.job(name)["seconds"] + time.time() - begun,
-                               finished=process.returncode == 0, jobs=self.jobs)
-                    (self.folder / name / "job.json").write_text(json.dumps(job))
-                    if process.returncode and not self.stopped:
-                        failed = failed or (name, process.returncode, command)
-                        self.stop()
+            for name in list(self.running):
+                self.look_after(name)
             if self.stopped and not self.running:
-                if failed is None:
-                    sys.exit("stopped: the same command goes on from here")
-                print(*(self.folder / failed[0] / "output.txt").read_text().splitlines()[-10:], sep="\n")
-                sys.exit(f"failed with status {failed[1]}: {failed[2]}")
+                self.end()
+
+    def start(self, name, command, threads):
+        print(f"{time.strftime('%H:%M:%S')}  {shlex.join(command)}", flush=True)
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "output.txt", "a") as output:
+            process = subprocess.Popen(
+                [sys.executable, *command[1:]], stdout=output, stderr=output,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        self.running[name] = (process, command, time.time())
+
+    def look_after(self, name):
+        """Note a job that ended; one that failed stops the others."""
+        process, command, begun = self.running[name]
+        if self.stopped:
+            process.terminate()                             # a stage then writes a checkpoint
+        status = process.poll()
+        if status is None:
+            return
+        del self.running[name]
+        seconds = self.job(name)["seconds"] + time.time() - begun
+        job = dict(command=shlex.join(command), seconds=seconds, finished=status == 0,
+                   jobs=self.jobs)
+        (self.folder / name / "job.json").write_text(json.dumps(job))
+        if status and not self.stopped:
+            self.failed = (name, status, shlex.join(command))
+            self.stop()
+
+    def end(self):
+        if self.failed is None:
+            sys.exit("stopped: the same command goes on from here")
+        name, status, command = self.failed
+        output = (self.folder / name / "output.txt").read_text().splitlines()
+        print(*output[-10:], sep="\n")
+        sys.exit(f"failed with status {status}: {command}")
+
+    # ---- What was logged
 
     def rows(self, name):
         log = self.folder / name / "log.jsonl"
-        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        if not log.exists():
+            return []
+        return [json.loads(line) for line in log.read_text().splitlines()]
 
     def last(self, name, key, **match):
-        """The newest value of `key` in a finished job's log, of the rows that match; None where there is none."""
-        if not self.job(f"codewords-{name}" if "codewords" in match else name)["finished"]:
+        """The newest value of `key` in a finished job's log, of rows that match; else None."""
+        job = f"codewords-{name}" if "codewords" in match else name     # in the tokenizer's log
+        if not self.job(job)["finished"]:
             return None
-        found = [row[key] for row in self.rows(name) if key in row and all(row.get(k) == v for k, v in match.items())]
-        return found[-1] if found else None
+        for row in reversed(self.rows(name)):
+            if key in row and match.items() <= row.items():
+                return row[key]
+        return None
 
-    def best_search(self):
-        """(lr, drop path) of the best accuracy on the held-out training images."""
-        scores = {(lr, drop): self.last(f"search-{lr:g}-{drop:g}", "top1", split="holdout") for lr, drop in SEARCH[self.recipe]}
-        return max(scores, key=lambda setting: scores[setting] or 0.0)
+    def search(self):
+        """{(lr, drop path) from scratch: top-1 in % on held-out training images, or None}"""
+        return {setting: self.last(search_name(*setting), "top1", split="holdout")
+                for setting in SEARCH[self.recipe]}
 
 
-def init(runner, arm, seed):
-    if arm.startswith("scratch"):
-        return "none"
-    return f"{runner.folder}/teacher" if arm == "teacher" else f"{runner.folder}/pretrain-{arm}-{seed}"
+def search_name(lr, drop_path):
+    return f"search-{lr:g}-{drop_path:g}"
+
+
+def from_scratch(lr, drop_path):
+    """Flags of finetune.py."""
+    return f"--layer-decay 1 --lr {lr:g} --drop-path {drop_path:g}"
 
 
 def main_table(runner, seeds):
-    """All jobs of the main table, level by level."""
-    recipe, folder = runner.recipe, runner.folder
+    """Run all jobs of the main table, level by level."""
+    folder = runner.folder
     runner.run({"teacher": ("teacher.py", "")})
-    runner.run({f"tokenizer-{name}": ("tokenizer.py", flags) for name, flags in TOKENIZERS.items()}
-               | {f"search-{lr:g}-{drop:g}": (
-                   "finetune.py", f"--init none --holdout 0.1 --layer-decay 1 --lr {lr:g} --drop-path {drop:g}")
-                  for lr, drop in SEARCH[recipe]})
-    lr, drop = runner.best_search()
-    runner.run({f"pretrain-{name}-{seed}": ("pretrain.py", f"--tokenizer {folder}/tokenizer-{name} --seed {seed}")
-                for seed in seeds for name in TOKENIZERS})
-    epochs = pretrain.RECIPES[recipe]["epochs"] + finetune.RECIPES[recipe]["epochs"]
-    probed = [(arm, seed) for arm in TOKENIZERS for seed in seeds] + [("teacher", seeds[0])]
+
+    jobs = {f"tokenizer-{arm}": ("tokenizer.py", flags) for arm, flags in TOKENIZERS.items()}
+    for setting in SEARCH[runner.recipe]:
+        flags = f"--init none --holdout 0.1 {from_scratch(*setting)}"
+        jobs[search_name(*setting)] = ("finetune.py", flags)
+    runner.run(jobs)
+    scores = runner.search()
+    best = max(scores, key=lambda setting: scores[setting] or 0.0)
+
+    jobs = {}
+    for seed in seeds:
+        for arm in TOKENIZERS:
+            jobs[f"pretrain-{arm}-{seed}"] = pretraining(runner, arm, seed)
+    runner.run(jobs)
+
     jobs = {}
     for seed in seeds:
         for arm in ARMS:
-            flags = f"--init {init(runner, arm, seed)} --seed {seed}"
-            if arm.startswith("scratch"):
-                flags += f" --layer-decay 1 --lr {lr:g} --drop-path {drop:g}"
-            if arm == "scratch-long":
-                jobs[f"finetune-{arm}-{seed}"] = ("finetune.py", f"{flags} --epochs {epochs}")
-                continue
-            jobs[f"finetune-{arm}-{seed}"] = ("finetune.py", flags)
-            for percent, few in FEW_LABELS[recipe].items():
-                jobs[f"finetune-{arm}-{seed}-{percent}"] = ("finetune.py", f"{flags} {few}")
-            for kind in ("linear", "knn") if (arm, seed) in probed else ():
-                jobs[f"{kind}-{arm}-{seed}"] = ("finetune.py", f"--init {init(runner, arm, seed)} --seed {seed} --probe {kind}")
+            jobs |= finetuning(runner, arm, seed, best)
+        for arm in TOKENIZERS:
+            jobs |= probes(arm, seed, f"{folder}/pretrain-{arm}-{seed}")
+    jobs |= probes("teacher", seeds[0], f"{folder}/teacher")
     runner.run(jobs)
-    runner.run({f"codewords-tokenizer-{name}": codewords(runner) for name in TOKENIZERS})
+
+    runner.run({f"codewords-tokenizer-{arm}": codewords(runner, arm) for arm in TOKENIZERS})
 
 
-def codewords(runner):
-    return "tools.codewords", f"--classifier {runner.folder}/finetune-scratch-long-0 --perceptual {runner.folder}/teacher"
+def pretraining(runner, name, seed):
+    flags = f"--tokenizer {runner.folder}/tokenizer-{name} --seed {seed}"
+    return "pretrain.py", flags
+
+
+def finetuning(runner, arm, seed, best):
+    """Jobs of an arm: all labels and, but for the longer one from scratch, few of them."""
+    recipe, name = runner.recipe, f"finetune-{arm}-{seed}"
+    if arm in ("scratch", "scratch-long"):
+        flags = f"--init none --seed {seed} {from_scratch(*best)}"
+    elif arm == "teacher":
+        flags = f"--init {runner.folder}/teacher --seed {seed}"
+    else:
+        flags = f"--init {runner.folder}/pretrain-{arm}-{seed} --seed {seed}"
+    if arm == "scratch-long":
+        epochs = pretrain.RECIPES[recipe]["epochs"] + finetune.RECIPES[recipe]["epochs"]
+        return {name: ("finetune.py", f"{flags} --epochs {epochs}")}
+    jobs = {name: ("finetune.py", flags)}
+    for percent, few in FEW_LABELS[recipe].items():
+        jobs[f"{name}-{percent}"] = ("finetune.py", f"{flags} {few}")
+    return jobs
+
+
+def probes(arm, seed, init):
+    return {f"{kind}-{arm}-{seed}": ("finetune.py", f"--init {init} --seed {seed} --probe {kind}")
+            for kind in ("linear", "knn")}
+
+
+def codewords(runner, name):
+    folder = runner.folder
+    flags = (f"{folder}/tokenizer-{name} --classifier {folder}/finetune-scratch-long-0 "
+             f"--perceptual {folder}/teacher")
+    return "tools.codewords", flags
 
 
 def ablation_tables(runner):
-    """Tokenizer, its codes, one pre-training and one fine-tuning each."""
-    extra = {name: flags for table in ablations(runner.recipe).values() for name, flags in table.values() if flags is not None}
-    runner.run({f"tokenizer-{name}": ("tokenizer.py", flags) for name, flags in extra.items()})
-    runner.run({f"codewords-tokenizer-{name}": codewords(runner) for name in extra}
-               | {f"pretrain-{name}-0": ("pretrain.py", f"--tokenizer {runner.folder}/tokenizer-{name} --seed 0") for name in extra})
-    runner.run({f"finetune-{name}-0": ("finetune.py", f"--init {runner.folder}/pretrain-{name}-0 --seed 0") for name in extra})
+    """Run a tokenizer, its codewords, one pre-training and one fine-tuning for each entry."""
+    own = {}                                                # name → flags of tokenizer.py
+    for entries in ablations(runner.recipe).values():
+        for name, flags in entries.values():
+            if flags is not None:
+                own[name] = flags
+    runner.run({f"tokenizer-{name}": ("tokenizer.py", flags) for name, flags in own.items()})
+    jobs = {}
+    for name in own:
+        jobs[f"codewords-tokenizer-{name}"] = codewords(runner, name)
+        jobs[f"pretrain-{name}-0"] = pretraining(runner, name, seed=0)
+    runner.run(jobs)
+    runner.run({f"finetune-{name}-0": ("finetune.py",
+                                       f"--init {runner.folder}/pretrain-{name}-0 --seed 0")
+                for name in own})
 
 
 # ------------------------------------------------------------------------------------------------
-# Reporting
-
-NOT_RUN = "*not run*"
-
+# Tables
 
 def mean_and_error(values):
     """Mean and standard error of the mean over seeds; None where a seed is missing."""
     if not values or None in values:
         return None
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    if len(values) == 1:
+        return values[0], float("nan")
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
 def show(values):
     pair = mean_and_error(values)
-    return NOT_RUN if pair is None else f"{pair[0]:.1f} ± {pair[1]:.1f}" if len(values) > 1 else f"{pair[0]:.1f}"
+    if pair is None:
+        return NOT_RUN
+    mean, error = pair
+    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {error:.1f}"
 
 
 def table(header, rows):
@@ -219,147 +332,210 @@ def table(header, rows):
 
 def accuracies(runner, arm, seeds, kind):
     """Top-1 in % of each seed. kind: "" (all labels), "-10", "-1", "linear" or "knn"."""
-    if kind in ("linear", "knn"):
-        return [runner.last(f"{kind}-{arm}-{seed}", "top1", probe=kind) for seed in (seeds[:1] if arm == "teacher" else seeds)]
-    return [runner.last(f"finetune-{arm}-{seed}{kind}", "top1", split="val") for seed in seeds]
+    if kind not in ("linear", "knn"):
+        names = [f"finetune-{arm}-{seed}{kind}" for seed in seeds]
+        return [runner.last(name, "top1", split="val") for name in names]
+    if arm == "teacher":                                    # there is only one
+        seeds = seeds[:1]
+    return [runner.last(f"{kind}-{arm}-{seed}", "top1", probe=kind) for seed in seeds]
 
 
 def arms_table(runner, seeds):
+    kinds = {"": "top-1", "-10": "10 % of labels", "-1": "1 %", "linear": "linear probe",
+             "knn": "kNN"}
+    blank = {"scratch": ("linear", "knn"), "scratch-long": ("-10", "-1", "linear", "knn")}
     rows = []
     for arm, text in ARMS.items():
-        blank = {"scratch": ("linear", "knn"), "scratch-long": ("-10", "-1", "linear", "knn")}.get(arm, ())
-        cells = ["" if kind in blank else show(accuracies(runner, arm, seeds, kind)) for kind in ("", "-10", "-1", "linear", "knn")]
-        rows.append([text, *cells])
-    return table(["pre-training", "top-1", "10 % of labels", "1 %", "linear probe", "kNN"], rows)
+        cells = [text]
+        for kind in kinds:
+            asked = kind not in blank.get(arm, ())
+            cells.append(show(accuracies(runner, arm, seeds, kind)) if asked else "")
+        rows.append(cells)
+    return table(["pre-training", *kinds.values()], rows)
+
+
+CODES = {                       # column → (key in the tokenizer's log, rows that have it, format)
+    "PSNR, dB": ("psnr", dict(split="val"), ".1f"),
+    "perceptual distance": ("distance", dict(codewords=True), ".3f"),
+    "codes used": ("usage", dict(split="val"), ".0%"),
+    "perplexity": ("perplexity", dict(split="val"), ".0f"),
+    "linear on codewords": ("linear", dict(codewords=True), ".1f"),
+    "on reconstructions": ("reconstructions", dict(codewords=True), ".1f"),
+}
 
 
 def codes_row(runner, name):
-    folder, number = f"tokenizer-{name}", "{:.1f}"
-    values = [(runner.last(folder, "psnr", split="val"), number), (runner.last(folder, "distance", codewords=True), "{:.3f}"),
-              (runner.last(folder, "usage", split="val"), "{:.0%}"), (runner.last(folder, "perplexity", split="val"), "{:.0f}"),
-              (runner.last(folder, "linear", codewords=True), number), (runner.last(folder, "reconstructions", codewords=True), number)]
-    return [NOT_RUN if value is None else form.format(value) for value, form in values]
+    cells = []
+    for key, match, form in CODES.values():
+        value = runner.last(f"tokenizer-{name}", key, **match)
+        cells.append(NOT_RUN if value is None else format(value, form))
+    return cells
 
 
-CODES_HEADER = ["PSNR, dB", "perceptual distance", "codes used", "perplexity", "linear on codes", "on reconstructions"]
-
-
-def orderings(runner, seeds):
+def claims(runner, seeds):
     """The claims that the table is to bear out, each with its verdict."""
+    kinds = {"": "all labels", "-10": "10 %", "-1": "1 %"}
     lines = []
-    for better, worse in (("peco", "pixel"), ("pixel", "scratch"), ("peco", "scratch-long"), ("pixel", "random")):
-        for kind, label in (("", "all labels"), ("-10", "10 %"), ("-1", "1 %")):
-            if kind and worse == "scratch-long":
+    for better, worse in (("peco", "pixel"), ("pixel", "scratch"), ("peco", "scratch-long"),
+                          ("pixel", "random")):
+        for kind, label in kinds.items():
+            one = mean_and_error(accuracies(runner, better, seeds, kind))
+            two = mean_and_error(accuracies(runner, worse, seeds, kind))
+            if one is None or two is None or len(seeds) == 1:
                 continue
-            one, two = (mean_and_error(accuracies(runner, arm, seeds, kind)) for arm in (better, worse))
-            if one and two and len(seeds) > 1:
-                gap, error = one[0] - two[0], (one[1] ** 2 + two[1] ** 2) ** 0.5
-                verdict = "more than two standard errors" if gap > 2 * error else "**not** more than two standard errors"
-                lines.append(f"- {better} over {worse}, {label}: {gap:+.1f} ± {error:.1f}, {verdict}")
-    linear = {name: runner.last(f"tokenizer-{name}", "linear", codewords=True) for name in TOKENIZERS}
-    if linear["peco"] and linear["pixel"]:
-        lines.append(f"- a linear classifier on the codes: {linear['peco']:.1f} (peco) / {linear['pixel']:.1f} (pixel) = "
-                     f"{linear['peco'] / linear['pixel']:.2f} times")
+            gap = one[0] - two[0]
+            error = (one[1] ** 2 + two[1] ** 2) ** 0.5
+            verdict = "" if gap > 2 * error else "**not** "
+            lines.append(f"- {better} over {worse}, {label}: {gap:+.1f} ± {error:.1f}, "
+                         f"{verdict}more than two standard errors")
+    peco = runner.last("tokenizer-peco", "linear", codewords=True)
+    pixel = runner.last("tokenizer-pixel", "linear", codewords=True)
+    if peco and pixel:
+        lines.append(f"- the linear classifier on the codewords: {peco:.1f} (peco) / {pixel:.1f} "
+                     f"(pixel) = {peco / pixel:.2f} times")
     return "\n".join(lines)
 
 
-def section(runner, seeds):
-    """This recipe's part of RESULTS.md."""
-    recipe, first = runner.recipe, next((row for row in runner.rows("finetune-peco-0") if "args" in row), None)
-    vit = pretrain.RECIPES[recipe]
-    epochs = {stage.__name__: stage.RECIPES[recipe]["epochs"] for stage in (teacher, tokenizer, pretrain, finetune)}
-    size = SIZES[vit["model"]]
-    jobs = {path.parent.name: runner.job(path.parent.name) for path in sorted(runner.folder.glob("*/job.json"))}
-    seconds = {}
-    for name, job in jobs.items():
-        seconds[name.split("-")[0]] = seconds.get(name.split("-")[0], 0.0) + job["seconds"]
-    lines = [
-        f"## `--recipe {recipe}`",
-        f"ViT-{vit['model']} ({size['dim']} wide, {size['depth']} blocks), patches of {vit['patch_size']} of 32 pixels. Epochs: "
-        + ", ".join(f"{stage} {number}" for stage, number in epochs.items()) + "; the rest: `RECIPES` in each script. "
-        + (f"Hardware: {first['hardware']}, PyTorch {first['torch']}. Data: {describe(first['args']['data'])}." if first
-           else f"Hardware: {NOT_RUN}."),
-        f"Top-1 in % on the test images after the last epoch, mean ± standard error over {len(seeds)} seeds. A seed's pre-training "
-        "and its fine-tuning have that seed; teacher and tokenizers were trained once, and their own spread is not in the error. "
-        "The longer fine-tuning does not count the epochs of teacher and tokenizer, which PeCo takes besides.",
-        f"<!-- {recipe} table -->\n{arms_table(runner, seeds)}\n<!-- end -->",
-        orderings(runner, seeds),
-        "### Codewords",
-        "On the 10,000 validation images. Linear: top-1 of a linear classifier on an image's histogram of codes. On "
-        "reconstructions: top-1 of the first seed of the longer fine-tuning from scratch"
-        + (f" ({original:.1f} on the images themselves)." if (original := runner.last("tokenizer-peco", "originals", codewords=True))
-           else "."),
-        table(["tokenizer", *CODES_HEADER], [[ARMS[name], *codes_row(runner, name)] for name in TOKENIZERS]),
-    ]
-    pictures = ROOT / "results"
-    for picture, text in (("reconstructions", "originals over reconstructions"),
-                          ("codes", "a row of patches for each of the most used codes")):
-        for name in ("pixel", "peco"):
-            source = runner.folder / f"tokenizer-{name}" / f"{picture}.png"
-            if runner.job(source.parent.name)["finished"]:
-                pictures.mkdir(exist_ok=True)
-                shutil.copy(source, pictures / f"{recipe}-{name}-{picture}.png")
-                lines.append(f"{ARMS[name]}: {text}\n\n![{name} {picture}](results/{recipe}-{name}-{picture}.png)")
-    searched = {(lr, drop): runner.last(f"search-{lr:g}-{drop:g}", "top1", split="holdout") for lr, drop in SEARCH[recipe]}
-    lines += ["### Search from scratch",
-              "Top-1 in % on a tenth of the training images, held out; the best is used by all fine-tuning from scratch.",
-              table(["lr", "drop path", "top-1"], [[f"{lr:g}", f"{drop:g}", NOT_RUN if top1 is None else f"{top1:.1f}"]
-                                                   for (lr, drop), top1 in searched.items()]),
-              "### Ablations", "One seed each: read no small difference into them."]
-    for title, entries in ablations(recipe).items():
-        rows = [[entry, show([runner.last(f"finetune-{name}-0", "top1", split="val")]), *codes_row(runner, name)]
-                for entry, (name, _) in entries.items()]
-        lines.append(table([title, "top-1", *CODES_HEADER], rows))
-    if seconds:
-        side = max(job.get("jobs", 1) for job in jobs.values())
-        lines += ["### Time", f"Seconds of the jobs from start to end, {side} side by side.",
-                  table(["", "seconds"], [[name, f"{value:.0f}"] for name, value in (seconds | {"all": sum(seconds.values())}).items()])]
-    return "\n\n".join(line for line in lines if line)
-
-
-def describe(source):
-    """--data, and whether its files are JPEG: CIFAR-10's own images are not."""
-    jpeg = next(Path(source).glob("train/*/*.jpg"), None) if Path(source).is_dir() else None
-    return f"`{source}`" + (", re-encoded as JPEG" if jpeg else "")
-
+# ------------------------------------------------------------------------------------------------
+# RESULTS.md and the README's table
 
 HEAD = """# Results on CIFAR-10
 Written by `python -m tools.cifar10` (`make cifar10`) from the logs of the runs, never by hand.
 
-From scratch, the lr and the drop path were searched on held-out training images; every other value is our choice, by
-pilots on held-out training images. The test images chose nothing."""
+From scratch, the lr and the drop path were searched on held-out training images; every other value
+is our choice, by pilots on held-out training images. The test images chose nothing."""
+
+
+def section(runner, seeds):
+    """This recipe's part of RESULTS.md."""
+    arms = arms_table(runner, seeds)
+    original = runner.last("tokenizer-peco", "originals", codewords=True)
+    on_originals = f" ({original:.1f} on the images themselves)" if original else ""
+    searched = []
+    for (lr, drop_path), top1 in runner.search().items():
+        searched.append([f"{lr:g}", f"{drop_path:g}", NOT_RUN if top1 is None else f"{top1:.1f}"])
+    parts = [
+        f"## `--recipe {runner.recipe}`",
+        setting(runner),
+        "Top-1 in % on the test images after the last epoch, mean ± standard error over "
+        f"{len(seeds)} seeds. A seed's pre-training and its fine-tuning have that seed; teacher "
+        "and tokenizers were trained once, and their own spread is not in the error. The longer "
+        "fine-tuning does not count the epochs of teacher and tokenizer, which PeCo takes besides.",
+        f"<!-- {runner.recipe} table -->\n{arms}\n<!-- end -->",
+        claims(runner, seeds),
+        "### Codewords",
+        "On the 10,000 validation images. Linear: top-1 of a linear classifier on the "
+        "average-pooled codewords (the paper's Table 4). On reconstructions: top-1 of the first "
+        f"seed of the longer fine-tuning from scratch{on_originals}.",
+        table(["tokenizer", *CODES],
+              [[ARMS[name], *codes_row(runner, name)] for name in TOKENIZERS]),
+        *pictures(runner),
+        "### Search from scratch",
+        "Top-1 in % on a tenth of the training images, held out; the best is used by all "
+        "fine-tuning from scratch.",
+        table(["lr", "drop path", "top-1"], searched),
+        "### Ablations",
+        "One seed each: read no small difference into them.",
+    ]
+    for title, entries in ablations(runner.recipe).items():
+        rows = []
+        for entry, (name, _) in entries.items():
+            top1 = runner.last(f"finetune-{name}-0", "top1", split="val")
+            rows.append([entry, show([top1]), *codes_row(runner, name)])
+        parts.append(table([title, "top-1", *CODES], rows))
+    parts += times(runner)
+    return "\n\n".join(part for part in parts if part)
+
+
+def setting(runner):
+    """The sentences on network, epochs, hardware and data."""
+    vit = pretrain.RECIPES[runner.recipe]
+    size = SIZES[vit["model"]]
+    epochs = ", ".join(f"{stage.__name__} {stage.RECIPES[runner.recipe]['epochs']}"
+                       for stage in (teacher, tokenizer, pretrain, finetune))
+    text = (f"ViT-{vit['model']} ({size['dim']} wide, {size['depth']} blocks), patches of "
+            f"{vit['patch_size']} of 32 pixels. Epochs: {epochs}; the rest: `RECIPES` in each "
+            "script. ")
+    first = next((row for row in runner.rows("finetune-peco-0") if "args" in row), None)
+    if first is None:
+        return f"{text}Hardware: {NOT_RUN}."
+    source = Path(first["args"]["data"])
+    jpeg = ", re-encoded as JPEG" if any(source.glob("train/*/*.jpg")) else ""  # not CIFAR-10's own
+    return (f"{text}Hardware: {first['hardware']}, PyTorch {first['torch']}. "
+            f"Data: `{source}`{jpeg}.")
+
+
+def pictures(runner):
+    """Copies the tokenizers' pictures to results/; the paragraphs that show them."""
+    captions = {"reconstructions": "originals over reconstructions",
+                "codes": "a row of patches for each of the most used codes"}
+    parts = []
+    for picture, caption in captions.items():
+        for name in ("pixel", "peco"):
+            if not runner.job(f"tokenizer-{name}")["finished"]:
+                continue
+            target = f"results/{runner.recipe}-{name}-{picture}.png"
+            (ROOT / "results").mkdir(exist_ok=True)
+            shutil.copy(runner.folder / f"tokenizer-{name}" / f"{picture}.png", ROOT / target)
+            parts.append(f"{ARMS[name]}: {caption}\n\n![{name} {picture}]({target})")
+    return parts
+
+
+def times(runner):
+    """Paragraphs on the jobs' seconds, by stage."""
+    seconds, side_by_side = {}, 1
+    for path in sorted(runner.folder.glob("*/job.json")):
+        job = json.loads(path.read_text())
+        stage = path.parent.name.split("-")[0]
+        seconds[stage] = seconds.get(stage, 0.0) + job["seconds"]
+        side_by_side = max(side_by_side, job.get("jobs", 1))
+    if not seconds:
+        return []
+    seconds["all"] = sum(seconds.values())
+    return ["### Time", f"Seconds of the jobs from start to end, {side_by_side} side by side.",
+            table(["", "seconds"], [[name, f"{value:.0f}"] for name, value in seconds.items()])]
 
 
 def replace(text, name, new):
-    """The part of a text between <!-- name --> and the next <!-- end -->."""
+    """A text with `new` between <!-- name --> and the next <!-- end -->."""
     found = re.search(f"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", text, re.S)
     return text[:found.end(1)] + new + "\n" + text[found.start(2):]
 
 
 def write(runner, seeds):
-    recipes, results, readme = ("cifar", "cifar-cpu"), ROOT / "RESULTS.md", ROOT / "README.md"
-    parts = {recipe: section(Runner(recipe, runner.jobs), seeds) for recipe in recipes if recipe == runner.recipe}
+    """Write this recipe's part of RESULTS.md, and the README's table; the other part stays."""
+    results, readme = ROOT / "RESULTS.md", ROOT / "README.md"
     old = results.read_text() if results.exists() else ""
-    for recipe in recipes:                                 # the other recipe's part stays as it is
+    parts = [HEAD]
+    for recipe in SEARCH:
         found = re.search(rf"^## `--recipe {recipe}`.*?(?=^## |\Z)", old, re.S | re.M)
-        parts.setdefault(recipe, found[0].strip() if found else section(Runner(recipe, runner.jobs), seeds))
-    results.write_text("\n\n".join([HEAD, *(parts[recipe] for recipe in recipes)]) + "\n")
-    readme.write_text(replace(readme.read_text(), f"{runner.recipe} table", arms_table(runner, seeds)))
+        if recipe == runner.recipe or not found:
+            parts.append(section(Runner(recipe), seeds))
+        else:
+            parts.append(found[0].strip())
+    results.write_text("\n\n".join(parts) + "\n")
+    arms = arms_table(runner, seeds)
+    readme.write_text(replace(readme.read_text(), f"{runner.recipe} table", arms))
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Flags not known here go to every stage.")
-    gpu = torch.cuda.is_available()
-    p.add_argument("--recipe", choices=SEARCH, default="cifar" if gpu else "cifar-cpu", help="default: by the hardware")
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                epilog="Flags not known here go to every stage.")
+    p.add_argument("--recipe", choices=SEARCH,
+                   default="cifar" if torch.cuda.is_available() else "cifar-cpu",
+                   help="default: by the hardware")
     p.add_argument("--data", default=None if Path(ROOT, "data/cifar10").is_dir() else "cifar10",
-                   help="as of the stages; default: the recipe's data/cifar10 where it is a folder, else torchvision's download")
+                   help="dataset, as the stages' --data; default: the recipe's data/cifar10 where "
+                        "it is a folder, else torchvision's download")
     p.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
     p.add_argument("--jobs", type=int, default=2, help="command lines side by side")
     p.add_argument("--ablations", action="store_true", help="also the paper's ablations")
-    p.add_argument("--report", action="store_true", help="run nothing, only write RESULTS.md and the README's table")
+    p.add_argument("--report", action="store_true",
+                   help="run nothing, only write RESULTS.md and the README's table")
     args, extra = p.parse_known_args(argv)
     os.chdir(ROOT)
-    runner, seeds = Runner(args.recipe, args.jobs, args.data, extra), range(args.seeds)
+    runner = Runner(args.recipe, args.jobs, args.data, extra)
+    seeds = range(args.seeds)
     if not args.report:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, runner.stop)

@@ -1,76 +1,114 @@
-"""How semantic are a tokenizer's codes? The two measures of PeCo's table, and the perceptual distance of its images.
+"""How semantic are a tokenizer's codewords? The two measures of PeCo's Table 4.
 
-    python -m tools.codewords runs/cifar/tokenizer --recipe cifar --classifier runs/cifar/finetune
+    python -m tools.codewords runs/paper/tokenizer
+    python -m tools.codewords runs/cifar/tokenizer --classifier runs/cifar/finetune
 
-- linear: top-1 of a linear classifier on an image's codes (their histogram: our choice, the paper is silent).
-- reconstructions: top-1 of a supervised network on the reconstructed validation images; originals: on the
-  images themselves.
-Appends one line to log.jsonl of the tokenizer's folder.
+linear: top-1 of a linear classifier on an image's average-pooled quantized codewords.
+reconstructions: top-1 of a supervised network on the reconstructed validation images; originals: on
+the images themselves. Ours: distance, the perceptual one. One line more in the run's log.jsonl.
 """
 import argparse
 
 import torch
+from torch import nn
 
+import checkpoint
 import data
 import finetune
+import logbook
 import runtime
-import tokenizer as stage
-from model import PerceptualLoss, load
+from model import IMAGENET_MEAN, IMAGENET_STD, PerceptualLoss
+from weights import load, perceptual_network
+
+DEIT_TINY = "deit_tiny_patch16_224"     # timm's name of the paper's judge, 72.2 % on ImageNet
 
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("tokenizer", help="folder of a tokenizer.py run")
-    p.add_argument("--recipe", choices=stage.RECIPES, required=True, help="of tokenizer.py: its data, image size and evaluation")
-    p.add_argument("--data", help="default: the recipe's")
-    p.add_argument("--classifier", required=True, help="a finetune.py run")
-    p.add_argument("--perceptual", help="as in tokenizer.py; default: the recipe's")
-    p.add_argument("--workers", type=int, default=1)
+    p.add_argument("tokenizer", help="run or checkpoint of tokenizer.py; its --data is used")
+    p.add_argument("--classifier", default=DEIT_TINY,
+                   help=f"the judge of reconstructions: a finetune.py run, or {DEIT_TINY} (timm's, "
+                        "for ImageNet; default)")
+    p.add_argument("--data", help="as in tokenizer.py; default: the run's")
+    p.add_argument("--perceptual", help="as in tokenizer.py; default: the run's")
+    p.add_argument("--amp", choices=["auto", "bf16", "fp32"], default="auto",
+                   help="as in pretrain.py")
+    p.add_argument("--workers", type=int, default=1, help="loader processes")
     args = p.parse_args(argv)
-    args.stage, args.output, args.amp, args.dry_run, args.tensorboard = "codewords", args.tokenizer, "auto", None, False
-    recipe = stage.RECIPES[args.recipe]
-    args.data, args.image_size, args.eval_crop = args.data or recipe["data"], recipe["image_size"], recipe["eval_crop"]
-    args.perceptual = args.perceptual or recipe["perceptual"].replace("RECIPE", args.recipe)
+    args.stage, args.batch_size, args.accumulate = "codewords", 250, 1
     return args
 
 
-def histograms(codes, size):
-    """Share of each code among an image's: codes (B, N) → (B, K)."""
-    codes = codes.long()
-    counts = torch.zeros(len(codes), size, device=codes.device)
-    return counts.scatter_add_(1, codes, torch.full(codes.shape, 1 / codes.shape[1], device=codes.device))
+class DeiT(nn.Module):
+    """timm's DeiT-Tiny, supervised on ImageNet-1K: pixels in [-1, 1] → logits."""
+
+    def __init__(self):
+        super().__init__()
+        try:
+            import timm
+        except ImportError as error:
+            raise runtime.InputError(
+                "--classifier: timm is missing: pip install timm, or name a finetune.py run"
+            ) from error
+        self.network = timm.create_model(DEIT_TINY, pretrained=True)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
+
+    def forward(self, images):
+        return self.network(((images + 1) / 2 - self.mean) / self.std)
 
 
 @torch.no_grad()
-def measure(args, tokenizer, classifier, perceptual, split):
-    """Codes (images, N) and labels; on val also what is measured on the reconstructions."""
-    rows, targets, sums = [], [], torch.zeros(4, dtype=torch.float64)
-    dataset, device = data.load_dataset(args.data, split, args.image_size), runtime.device()
-    for x, labels in data.eval_loader(dataset, data.eval_transform(args.image_size, args.eval_crop), 250, args.workers):
-        x, labels = x.to(device), labels.to(device)
-        with runtime.autocast(args, device):                                        # as in pretrain.py
-            codes = tokenizer.encode(x)
-        rows.append(codes.flatten(1).int())
+def pooled_codewords(args, tokenizer, split, device):
+    """The mean of an image's quantized codewords (images, D), and labels (images,)."""
+    features, targets = [], []
+    for images, labels in batches(args, split):
+        with runtime.autocast(args, device):                # as in pretrain.py
+            codes = tokenizer.encode(images.to(device))
+        features.append(tokenizer.quantizer.lookup(codes).mean((2, 3)))         # (B, D)
         targets.append(labels)
-        if split == "val":
-            x_hat = tokenizer.decode(codes)
-            hits = [(classifier(images).argmax(1) == labels).sum() for images in (x, x_hat.clamp(-1, 1))]
-            sums += torch.tensor([*hits, len(x) * perceptual(x, x_hat), len(x)])
-    originals, reconstructions, distance, number = sums.tolist()
-    row = dict(originals=100 * originals / number, reconstructions=100 * reconstructions / number,
-               distance=distance / number, images=int(number)) if number else None
-    return torch.cat(rows), torch.cat(targets), row
+    return torch.cat(features), torch.cat(targets).to(device)
+
+
+@torch.no_grad()
+def reconstruction_row(args, tokenizer, classifier, perceptual, device):
+    """What the judge and the perceptual network say of the reconstructed validation images."""
+    originals = reconstructions = distance = number = 0
+    for images, labels in batches(args, "val"):
+        images, labels = images.to(device), labels.to(device)
+        with runtime.autocast(args, device):
+            codes = tokenizer.encode(images)
+        x_hat = tokenizer.decode(codes)
+        originals += (classifier(images).argmax(1) == labels).sum().item()
+        reconstructions += (classifier(x_hat.clamp(-1, 1)).argmax(1) == labels).sum().item()
+        distance += len(images) * perceptual(images, x_hat).item()
+        number += len(images)
+    return dict(originals=100 * originals / number, reconstructions=100 * reconstructions / number,
+                distance=distance / number, images=number)
+
+
+def batches(args, split):
+    dataset = data.load_dataset(args.data, split, args.image_size)
+    transform = data.eval_transform(args.image_size, args.eval_crop)
+    return data.eval_loader(dataset, transform, args.batch_size, args.workers)
 
 
 def main(args):
-    tokenizer, classifier = (load(path, [of]).to(runtime.device()) for path, of in
-                             ((args.tokenizer, "tokenizer"), (args.classifier, "finetune")))
-    perceptual = PerceptualLoss(stage.perceptual_network(args.perceptual)[0]).to(runtime.device())
-    train, labels, _ = measure(args, tokenizer, classifier, perceptual, "train")
-    val, targets, row = measure(args, tokenizer, classifier, perceptual, "val")
-    size = len(tokenizer.quantizer.codebook)               # ImageNet's histograms would take 39 GiB: a batch's at a time
-    predictions = finetune.linear_probe(train, labels, val, int(labels.max()) + 1, lambda codes: histograms(codes, size))
-    runtime.log(args, codewords=True, linear=100 * (predictions == targets).float().mean().item(), **row)
+    device = runtime.device()
+    trained = checkpoint.load(args.tokenizer, ["tokenizer"])["args"]
+    args.image_size, args.eval_crop = trained["image_size"], trained["eval_crop"]
+    args.data = args.data or trained["data"]
+    tokenizer = load(args.tokenizer, ["tokenizer"]).to(device)
+    judge = DeiT().eval() if args.classifier == DEIT_TINY else load(args.classifier, ["finetune"])
+    network, _ = perceptual_network(args.perceptual or trained["perceptual"])
+    perceptual = PerceptualLoss(network).to(device)
+
+    train, train_labels = pooled_codewords(args, tokenizer, "train", device)
+    val, labels = pooled_codewords(args, tokenizer, "val", device)
+    predictions = finetune.linear_probe(train, train_labels, val, int(train_labels.max()) + 1)
+    linear = 100 * (predictions == labels).float().mean().item()
+    row = reconstruction_row(args, tokenizer, judge.to(device), perceptual, device)
+    logbook.append(args.tokenizer, codewords=True, linear=linear, **row)
 
 
 if __name__ == "__main__":

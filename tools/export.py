@@ -1,12 +1,12 @@
-"""A run as others' code opens it: a folder for transformers, or a file of MoCo v3's form.
+"""A run as other projects open it: a folder for transformers, or a file in MoCo v3's form.
 
     python -m tools.export runs/paper/finetune beit-peco
-    python -c "from transformers import AutoModelForImageClassification as A; A.from_pretrained('beit-peco')"
     python -m tools.export runs/paper/teacher moco-v3
 
-pretrain.py: BeitForMaskedImageModeling; finetune.py: BeitForImageClassification. Names and settings are those of the
-published BEiT checkpoints; the image processor resizes and crops as the run's evaluation did. Needs safetensors.
-teacher.py: checkpoint.pth.tar, the encoder by the names of MoCo v3's own files, which its scripts read.
+A run of pretrain.py or finetune.py: BeitForMaskedImageModeling.from_pretrained("beit-peco"), or
+BeitForImageClassification's, with the names and settings of the published BEiT checkpoints. The
+image processor resizes and crops as in the run's evaluation. Needs safetensors.
+A run of teacher.py: checkpoint.pth.tar, the encoder by the names that MoCo v3's own scripts read.
 """
 import argparse
 import json
@@ -16,18 +16,29 @@ from pathlib import Path
 
 import torch
 
-from model import trained_weights
-from runtime import InputError, load_checkpoint
+import checkpoint
+from runtime import InputError
+from weights import trained_weights, vit_arguments
 
-NAMES = [                                                  # ours → transformers'
-    (r"^cls_token", "beit.embeddings.cls_token"), (r"^mask_token", "beit.embeddings.mask_token"),
+NAMES = [                       # patterns of our names, what transformers has in their place
+    (r"^cls_token", "beit.embeddings.cls_token"),
+    (r"^mask_token", "beit.embeddings.mask_token"),
     (r"^patch_embed\.proj", "beit.embeddings.patch_embeddings.projection"),
-    (r"^rel_pos_bias\.", "beit.encoder.relative_position_bias."), (r"^blocks\.", "beit.encoder.layer."),
-    (r"attn\.relative_position_bias_table", "attention.attention.relative_position_bias.relative_position_bias_table"),
-    (r"attn\.q_bias", "attention.attention.query.bias"), (r"attn\.v_bias", "attention.attention.value.bias"),
-    (r"attn\.proj", "attention.output.dense"), (r"mlp\.fc1", "intermediate.dense"), (r"mlp\.fc2", "output.dense"),
-    (r"norm1", "layernorm_before"), (r"norm2", "layernorm_after"), (r"gamma_", "lambda_"), (r"^norm\.", "layernorm."),
-    (r"^fc_norm\.", "beit.pooler.layernorm."), (r"^head\.", "classifier."),
+    (r"^rel_pos_bias\.", "beit.encoder.relative_position_bias."),
+    (r"^blocks\.", "beit.encoder.layer."),
+    (r"attn\.relative_position_bias_table",
+     "attention.attention.relative_position_bias.relative_position_bias_table"),
+    (r"attn\.q_bias", "attention.attention.query.bias"),
+    (r"attn\.v_bias", "attention.attention.value.bias"),
+    (r"attn\.proj", "attention.output.dense"),
+    (r"mlp\.fc1", "intermediate.dense"),
+    (r"mlp\.fc2", "output.dense"),
+    (r"norm1", "layernorm_before"),
+    (r"norm2", "layernorm_after"),
+    (r"gamma_", "lambda_"),
+    (r"^norm\.", "layernorm."),
+    (r"^fc_norm\.", "beit.pooler.layernorm."),
+    (r"^head\.", "classifier."),
 ]
 
 
@@ -38,7 +49,7 @@ def rename(weights):
         for ours, theirs in NAMES:
             key = re.sub(ours, theirs, key)
         if key.endswith("attn.qkv.weight"):
-            for name, part in zip(("query", "key", "value"), value.chunk(3)):
+            for name, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
                 result[key.replace("attn.qkv", f"attention.attention.{name}")] = part.contiguous()
         else:
             result[key] = value.contiguous()
@@ -46,51 +57,84 @@ def rename(weights):
 
 
 def settings(state):
-    """config.json and preprocessor_config.json of a run."""
-    args, run = state["model_args"], state["args"]
-    if args["positions"] == "absolute" or args.get("pool") == "cls" or not (args.get("codes") or args.get("classes")):
-        raise InputError("only pretrain.py's ViT and finetune.py's of --pool mean with relative positions are BEiT's")
+    """Contents of config.json and preprocessor_config.json for a checkpoint, as two dicts."""
+    vit = vit_arguments(state)
+    codes, classes = vit.get("codes"), vit.get("classes")
+    if vit["positions"] == "absolute" or not (codes or classes):
+        raise InputError(
+            "only ViTs of pretrain.py and finetune.py with relative positions are BEiT's")
     config = dict(
-        model_type="beit", architectures=["BeitForMaskedImageModeling" if args.get("codes") else "BeitForImageClassification"],
-        hidden_size=args["dim"], num_hidden_layers=args["depth"], num_attention_heads=args["heads"], intermediate_size=4 * args["dim"],
-        image_size=args["image_size"], patch_size=args["patch_size"], layer_norm_eps=1e-6, layer_scale_init_value=args["layer_scale"],
-        drop_path_rate=args.get("drop_path", 0.0), use_mask_token=bool(args.get("codes")), use_absolute_position_embeddings=False,
-        use_relative_position_bias=args["positions"] == "block", use_shared_relative_position_bias=args["positions"] == "shared",
-        use_mean_pooling=True)
-    if args.get("codes"):
-        config["vocab_size"] = args["codes"]
+        model_type="beit",
+        hidden_size=vit["dim"],
+        num_hidden_layers=vit["depth"],
+        num_attention_heads=vit["heads"],
+        intermediate_size=4 * vit["dim"],
+        image_size=vit["image_size"],
+        patch_size=vit["patch_size"],
+        layer_norm_eps=1e-6,
+        layer_scale_init_value=vit["layer_scale"],
+        drop_path_rate=vit.get("drop_path", 0.0),
+        use_mask_token=bool(codes),
+        use_absolute_position_embeddings=False,
+        use_relative_position_bias=vit["positions"] == "block",
+        use_shared_relative_position_bias=vit["positions"] == "shared",
+        use_mean_pooling=True,
+    )
+    if codes:
+        config["architectures"] = ["BeitForMaskedImageModeling"]
+        config["vocab_size"] = codes
     else:
-        config |= dict(id2label={i: f"LABEL_{i}" for i in range(args["classes"])},
-                       label2id={f"LABEL_{i}": i for i in range(args["classes"])})
-    side = round(args["image_size"] / run.get("eval_crop", 0.875))  # as data.eval_transform
-    # CLIP's processor has the shorter side resized and the centre cropped; BEiT's own squashes the image to a square
-    processor = dict(image_processor_type="CLIPImageProcessor", do_resize=True, size=dict(shortest_edge=side), resample=3,
-                     do_center_crop=True, crop_size=dict(height=args["image_size"], width=args["image_size"]), do_rescale=True,
-                     rescale_factor=1 / 255, do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True)
+        config["architectures"] = ["BeitForImageClassification"]
+        config["id2label"] = {i: f"LABEL_{i}" for i in range(classes)}
+        config["label2id"] = {f"LABEL_{i}": i for i in range(classes)}
+    side = vit["image_size"]
+    processor = dict(           # BEiT's own squashes the image to a square; CLIP's does as we do
+        image_processor_type="CLIPImageProcessor",
+        do_convert_rgb=True,
+        do_resize=True,
+        size=dict(shortest_edge=round(side / state["args"].get("eval_crop", 0.875))),
+        resample=3,                                         # bicubic
+        do_center_crop=True,
+        crop_size=dict(height=side, width=side),
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
     return config, processor
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("run", help="run or checkpoint of teacher.py, pretrain.py or finetune.py")
-    p.add_argument("folder", type=Path, help="made, with config.json, preprocessor_config.json and model.safetensors, or "
-                   "checkpoint.pth.tar")
-    args = p.parse_args(argv)
-    state = load_checkpoint(args.run, ["teacher", "pretrain", "finetune"])
-    if state["stage"] == "teacher":
-        args.folder.mkdir(parents=True, exist_ok=True)
-        encoder = {f"module.base_encoder.{key}": value for key, value in state["model"].items()}
-        return torch.save(dict(arch=f"vit_{state['args']['model']}", epoch=state["epoch"], state_dict=encoder),
-                          args.folder / "checkpoint.pth.tar")
+def export_teacher(state, folder):
+    encoder = {f"module.base_encoder.{key}": value for key, value in state["model"].items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(dict(arch=f"vit_{state['args']['model']}", epoch=state["epoch"],
+                    state_dict=encoder), folder / "checkpoint.pth.tar")
+
+
+def export_beit(state, folder):
     config, processor = settings(state)
     try:
         from safetensors.torch import save_file
     except ImportError:
         raise InputError("safetensors is missing: pip install safetensors") from None
-    args.folder.mkdir(parents=True, exist_ok=True)
-    save_file(rename(trained_weights(state)), args.folder / "model.safetensors", metadata=dict(format="pt"))
-    for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
-        (args.folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = rename(trained_weights(state))
+    save_file(weights, folder / "model.safetensors", metadata=dict(format="pt"))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("run", help="run or checkpoint of teacher.py, pretrain.py or finetune.py")
+    p.add_argument("folder", type=Path,
+                   help="is made, with config.json, preprocessor_config.json and "
+                        "model.safetensors, or with checkpoint.pth.tar")
+    args = p.parse_args(argv)
+    state = checkpoint.load(args.run, ["teacher", "pretrain", "finetune"])
+    export = export_teacher if state["stage"] == "teacher" else export_beit
+    export(state, args.folder)
 
 
 if __name__ == "__main__":

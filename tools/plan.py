@@ -1,169 +1,288 @@
-"""What a run will cost, before it is paid for: --dry-run of every stage comes here.
+"""What a run will cost, before it is paid for: weights, FLOPs, memory, steps and hours.
 
-    python pretrain.py --model huge --dry-run 6000           # hours at 6000 images/s
+    python -m tools.plan pretrain --model huge --ranks 8 --images-per-second 6000
 
-The networks are built of fake tensors, which have shapes but no storage, so that ViT-H costs nothing to ask. (Tensors on the
-meta device are the same but know nothing of autocast and of a device's own attention.)
+The first argument is a stage; all flags but --ranks and --images-per-second are its own. The
+stage's own builder makes the networks, of fake tensors, with shapes but no storage: to ask for
+ViT-H costs nothing.
 """
-import functools
+import argparse
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
+import checkpoint
 import data
 import detect
 import finetune
+import pretrain
 import runtime
 import segment
 import teacher
-from model import SIZES, PerceptualLoss, VisionTransformer, VQTokenizer, cached_position_index, offset_weights
-from tokenizer import PatchDiscriminator
+import tokenizer
+import weights
+from model import SIZES, VisionTransformer, VQTokenizer
 
-# training images and classes where --data is not there: ImageNet-1K's, ADE20K's, COCO's (images with objects)
-PAPER = dict(segment=(20_210, 150), detect=(117_266, 80))
-IMAGENET = 1_281_167, 1000
+STAGES = {module.__name__: module
+          for module in (teacher, tokenizer, pretrain, finetune, segment, detect)}
+
+# Training images and classes where --data is not there.
+IMAGENET = (1_281_167, 1000)
+ADE20K = (20_210, 150)
+COCO = (117_266, 80)            # images with objects
+COCO_ASPECT = 4 / 3             # the commonest
 
 
-def read_arguments(args):
-    """Of the network that the stage reads or begins from, where its checkpoint is there already; else None."""
-    path = getattr(args, dict(tokenizer="perceptual", pretrain="tokenizer").get(args.stage, "init"), "none")
+
+def attention(q, k, v, *_, **__):
+    return sdpa_flop_count(q, k, v)
+
+
+def attention_backward(gradient, q, k, v, *_, **__):
+    return sdpa_backward_flop_count(gradient, q, k, v)
+
+
+# A CPU's fused attention, which PyTorch's counter does not know.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# What the run reads
+
+def dataset_of(args):
+    """Training images, classes, and whether they were counted; else they are the paper's."""
     try:
-        state = runtime.load_checkpoint(path) if path != "none" else {}
+        if args.stage == "segment":
+            dataset = segment.load_dataset(args.data, "train", args.image_size, args.classes)
+        elif args.stage == "detect":
+            dataset = detect.load_dataset(args.data, "train", args.image_size)
+        else:
+            dataset = data.load_dataset(args.data, "train", args.image_size)
     except runtime.InputError:
-        state = {}
-    if path not in ("none", "moco_v3") and "model_args" not in state:
-        print(f"{path}: not there, or not ours: counted as the paper's or as --model", file=sys.stderr)
-    return {key: value for key, value in state.get("model_args", {}).items() if key != "codes"}
-
-
-def training_set(args):
-    """(number of training images, of classes, whether they were counted)"""
-    load = dict(segment=functools.partial(segment.load_dataset, classes=getattr(args, "classes", 0)), detect=detect.load_dataset)
-    try:
-        dataset = load.get(args.stage, data.load_dataset)(args.data, "train", image_size=args.image_size)
-    except runtime.InputError:
-        images, classes = PAPER.get(args.stage, IMAGENET)
-        return images, classes, False
-    images = len(dataset.with_objects()) if args.stage == "detect" else len(dataset)
-    if args.stage == "finetune":                           # as main()
+        paper = {"segment": ADE20K, "detect": COCO}
+        return *paper.get(args.stage, IMAGENET), False
+    images = len(dataset)
+    if args.stage == "detect":
+        images = len(dataset.with_objects())
+    if args.stage == "finetune":                            # as its main()
         indices = set(data.label_subset(dataset.targets, args.label_fraction, args.seed))
-        held = data.label_subset(dataset.targets, args.holdout, finetune.HOLDOUT_SEED) if args.holdout else ()
-        images = len(indices.difference(held))
+        if args.holdout:
+            held = data.label_subset(dataset.targets, args.holdout, finetune.HOLDOUT_SEED)
+            indices -= set(held)
+        images = len(indices)
     return images, len(dataset.classes), True
 
 
-def networks(args, classes, read):
-    """(module that is trained, module that is frozen or None, loss of a batch of images) of a stage. read: arguments of
-    the network that it reads or begins from, or {}."""
-    vit = dict(SIZES[args.model], patch_size=args.patch_size) if "model" in args else {}
-    if args.stage in ("finetune", "segment", "detect"):
-        vit |= dict(positions="block", layer_scale=args.layer_scale) | read
-        vit |= dict(positions="absolute" if vit["positions"] == "absolute" else "block", classes=0)
-    vit["image_size"] = args.image_size
-    if args.stage == "teacher":
-        encoders = [VisionTransformer(**vit, positions="absolute", layer_scale=0.0) for _ in range(2)]
-        projectors = [teacher.mlp(3, SIZES[args.model]["dim"], args.hidden, args.features) for _ in range(2)]
-        predictor = teacher.mlp(2, args.features, args.hidden, args.features)
-        encoders[0].checkpoint_activations = args.checkpoint_activations
-        encoders[0].patch_embed.requires_grad_(False)
-
-        def loss(images):                                  # as MoCo.forward, whose deep copies fake tensors do not take
-            queries = [predictor(projectors[0](encoders[0](images)[:, 0])) for _ in range(2)]
-            with torch.no_grad():
-                keys = [projectors[1](encoders[1](images)[:, 0]) for _ in range(2)]
-            return sum((F.normalize(q.float(), dim=1) @ F.normalize(k.float(), dim=1).T).logsumexp(1).mean() for q, k in zip(queries, keys))
-        return nn.ModuleList([encoders[0], projectors[0], predictor]), nn.ModuleList([encoders[1], projectors[1]]), loss
-    if args.stage == "tokenizer":
-        tokenizer = VQTokenizer(args.image_size, args.channels, args.codebook_size, args.code_dim).train()
-        paper = dict(SIZES["base"], positions="absolute", layer_scale=0.0)
-        frozen = PerceptualLoss(VisionTransformer(**read or paper)) if args.perceptual_weight else None
-        judge = PatchDiscriminator() if args.adversarial_weight else None
-
-        def loss(images):
-            x_hat, _, commitment = tokenizer(images)
-            judged = sum(judge(x).mean() for x in (x_hat, x_hat.detach(), images)) if judge else 0.0
-            return F.mse_loss(x_hat, images) + commitment + (frozen(images, x_hat) if frozen else 0.0) + judged
-        return nn.ModuleList([tokenizer, judge]) if judge else tokenizer, frozen, loss
-    if args.stage == "pretrain":
-        tokenizer = VQTokenizer(**read).eval().requires_grad_(False)
-        model, grid = VisionTransformer(**vit, codes=len(tokenizer.quantizer.codebook)), args.image_size // args.patch_size
-        model.checkpoint_activations = args.checkpoint_activations
-        masked = round(args.mask_ratio * grid * grid)
-
-        def loss(images):                                  # a fixed number of patches: fake tensors cannot be masked
-            target = tokenizer.encode(images, grid).flatten(1)[:, :masked]
-            logits = model.lm_head(model.norm(model.tokens(images, [len(model.blocks)])[0][:, 1:1 + masked]))
-            return F.cross_entropy(logits.flatten(0, 1), target.flatten())
-        return model, tokenizer, loss
-    if args.stage == "finetune":
-        network = own = VisionTransformer(**vit | dict(classes=classes))
-        averaged = VisionTransformer(**vit | dict(classes=classes)) if args.ema_decay else None
-        loss = lambda images: F.cross_entropy(network(images), torch.zeros(len(images), dtype=torch.int64, device=images.device))
-    elif args.stage == "segment":
-        network = segment.Segmenter(VisionTransformer(**vit), classes)
-        own = network.backbone.vit
-        loss = lambda images: sum(segment.pixel_loss(logits, images[:, 0].round()) for logits in network(images))
-    else:                                                  # proposals and heads depend on the data: only the maps are counted
-        vit["image_size"] = -(-args.image_size // vit["patch_size"]) * vit["patch_size"]
-        network = detect.mask_rcnn(VisionTransformer(**vit), classes, args.channels, args.boxes, [args.image_size], args.max_size)
-        own = network.backbone.pyramid.vit
-        loss = lambda images: sum(x.mean() for x in network.backbone(images).values())
-    own.checkpoint_activations = args.checkpoint_activations
-    return network, averaged if args.stage == "finetune" else None, loss
+def checkpoint_without_weights(path):
+    """What a checkpoint says of its network; {} where it is not there, or not ours."""
+    if path == "none":
+        return {}
+    try:
+        state = checkpoint.load(path)
+    except runtime.InputError:
+        state = {}
+    if "model_args" not in state and path not in weights.DOWNLOADS:
+        print(f"{path}: not there, or not ours: counted as the paper's, or by --model",
+              file=sys.stderr)
+    if "model_args" not in state:
+        return {}
+    return dict(stage=state["stage"], model_args=state["model_args"], model={})
 
 
-def estimate(args, classes):
-    """What one rank holds and does: a dict of figures."""
-    device, micro, read = runtime.device(), runtime.micro_batch(args), read_arguments(args)
-    height = width = args.image_size
+# ------------------------------------------------------------------------------------------------
+# The networks of a stage, by its builder, and a loss that costs what the stage's does
+
+def plan_teacher(args, classes, state):
+    moco, _ = teacher.build(args)
+
+    def loss(images):
+        return moco(images, images)[0]
+    frozen = [moco.momentum_encoder, moco.momentum_projector]
+    return moco, frozen, loss
+
+
+def plan_tokenizer(args, classes, state):
+    network = weights.network_of(state) if state else VisionTransformer(
+        **SIZES["base"], **weights.MOCO_V3)
+    model, perceptual, discriminator, _ = tokenizer.build(args, network)
+
+    def loss(images):
+        x_hat, _, l_commit = model.train()(images)
+        total = F.mse_loss(x_hat, images) + l_commit
+        if perceptual:
+            total = total + perceptual(images, x_hat)
+        if discriminator:
+            terms = tokenizer.adversarial(discriminator, discriminator, images, x_hat)
+            total = total + sum(terms)
+        return total
+    trained = nn.ModuleList([model, discriminator] if discriminator else [model])
+    return trained, [perceptual] if perceptual else [], loss
+
+
+def plan_pretrain(args, classes, state):
+    codes = VQTokenizer(**state.get("model_args", {})).eval().requires_grad_(False)
+    model, _ = pretrain.build(args, len(codes.quantizer.codebook))
+    grid = args.image_size // args.patch_size
+    masked = round(args.mask_ratio * grid * grid)
+
+    def loss(images):                                       # fake tensors take no mask as index
+        target = codes.encode(images, grid).flatten(1)[:, :masked]
+        tokens = model.tokens(images, [len(model.blocks)])[0]
+        logits = model.lm_head(model.norm(tokens[:, 1:1 + masked]))
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    return model, [codes], loss
+
+
+def plan_finetune(args, classes, state):
+    model, _ = finetune.build(args, classes, state)
+    averaged = finetune.build(args, classes, state)[:1] if args.ema_decay else []
+
+    def loss(images):
+        labels = torch.zeros(len(images), dtype=torch.int64)
+        return F.cross_entropy(model(images), labels)
+    return model, list(averaged), loss
+
+
+def plan_segment(args, classes, state):
+    model, _ = segment.build(args, classes, state)
+
+    def loss(images):
+        labels = images[:, 0].round()
+        return sum(segment.pixel_loss(logits, labels) for logits in model(images))
+    return model, [], loss
+
+
+def plan_detect(args, classes, state):
+    model, _ = detect.build(args, classes, state)
+
+    def loss(images):                                       # what follows depends on the data
+        return sum(maps.mean() for maps in model.backbone(images).values())
+    return model, [], loss
+
+
+PLANS = dict(teacher=plan_teacher, tokenizer=plan_tokenizer, pretrain=plan_pretrain,
+             finetune=plan_finetune, segment=plan_segment, detect=plan_detect)
+READS = dict(tokenizer="perceptual", pretrain="tokenizer", finetune="init", segment="init",
+             detect="init")
+KEPT_FROZEN = ("teacher", "finetune")                       # averaged copies are in checkpoints
+
+
+# ------------------------------------------------------------------------------------------------
+
+def estimate(args, classes, ranks=1):
+    """What one rank holds and does.
+
+    → trained, held: numbers of weights; forward, training: FLOPs an image; activations, memory,
+    written (a checkpoint): bytes; micro: images of a micro-batch.
+    """
+    device = runtime.device()
+    micro = args.batch_size // (ranks * args.accumulate)
+    path = getattr(args, READS[args.stage]) if args.stage in READS else "none"
+    state = checkpoint_without_weights(path)
+    width = args.image_size
     if args.stage == "detect":
-        width = min(args.max_size, round(height * 4 / 3))  # COCO's commonest shape
-    undrawn = mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **keywords: tensor)    # it looks at what it drew
-    with FakeTensorMode(), torch.device(device), undrawn:
-        network, frozen, loss = networks(args, classes, read)
-        weights = {p.untyped_storage()._cdata for module in (network, frozen) if module is not None for p in module.parameters()}
-        saved = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                saved[storage._cdata] = storage.nbytes()
-            return tensor
-        with (FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-              runtime.autocast(args, device)):
-            value, forward = loss(torch.empty(micro, 3, height, width)), counter.get_total_flops()
-            activations = sum(saved.values())              # the backward pass of checkpointed blocks saves anew
-            value.backward()
-        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        held = sum(t.numel() for module in (network, frozen) if module is not None for t in (*module.parameters(), *module.buffers()))
-        kept = [network] + [frozen] * (args.stage in ("teacher", "finetune") and frozen is not None)   # averaged copies too
-        written = sum(t.numel() for module in kept for t in module.state_dict().values()) + 2 * trained
-    cached_position_index.cache_clear()                    # they have been asked for fake tensors
-    offset_weights.cache_clear()
-    return dict(trained=trained, held=held, forward=forward / micro, training=counter.get_total_flops() / micro,
-                activations=activations, memory=4 * held + 12 * trained + activations,      # with gradients and Adam's two moments
-                written=4 * written, micro=micro)
+        width = min(args.max_size, round(args.image_size * COCO_ASPECT))
+    # Initialisation looks at what it drew, which fake tensors do not know.
+    undrawn = mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor)
+    # copy.deepcopy would copy a fake tensor's mode too, and modes do not mix.
+    copied = mock.patch.object(FakeTensor, "__deepcopy__", lambda fake, _: torch.empty_like(fake))
+    with FakeTensorMode(), torch.device(device), undrawn, copied:
+        trained, frozen, loss = PLANS[args.stage](args, classes, state)
+        modules = nn.ModuleList([trained, *frozen])
+        saved = Saved(modules)
+        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        with counter, saved.hooks(), runtime.autocast(args, device):
+            value = loss(torch.empty(micro, 3, args.image_size, width))
+            forward, activations = counter.get_total_flops(), saved.bytes()
+            value.backward()                                # checkpointed blocks save anew in it
+        training = counter.get_total_flops()
+        weights_trained = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+        held = numbers([*modules.parameters(), *modules.buffers()])
+        kept = nn.ModuleList([trained, *frozen]) if args.stage in KEPT_FROZEN else trained
+        written = numbers(kept.state_dict().values()) + 2 * weights_trained
+    memory = 4 * held + 12 * weights_trained + activations  # with gradients and Adam's two moments
+    return SimpleNamespace(
+        trained=weights_trained, held=held, forward=forward / micro, training=training / micro,
+        activations=activations, memory=memory, written=4 * written, micro=micro)
 
 
-def main(args):
-    images, classes, counted = training_set(args)
-    found = estimate(args, classes)
+def numbers(tensors):
+    """How many numbers there are in tensors, each storage counted once."""
+    sizes = {tensor.untyped_storage()._cdata: tensor.numel() for tensor in tensors}
+    return sum(sizes.values())
+
+
+class Saved:
+    """The tensors that autograd keeps for the backward pass, each storage once, without weights."""
+
+    def __init__(self, modules):
+        self.weights = {p.untyped_storage()._cdata for p in modules.parameters()}
+        self.sizes = {}
+
+    def hooks(self):
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.weights:
+            self.sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    def bytes(self):
+        return sum(self.sizes.values())
+
+
+def get_args(argv=None):
+    """Our own arguments, and those of the stage."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p.add_argument("stage", choices=STAGES)
+    p.add_argument("--ranks", type=int, default=1, help="processes, a GPU each")
+    p.add_argument("--images-per-second", type=float, default=1000, help="of all ranks together")
+    own, flags = p.parse_known_args(argv)
+    return own, STAGES[own.stage].get_args(flags)
+
+
+def main(argv=None):
+    own, args = get_args(argv)
+    images, classes, counted = dataset_of(args)
     epoch_steps, steps = runtime.total_steps(args, images)
-    seen, gib = steps * args.batch_size, 2 ** 30
-    if runtime.rank():
-        return
-    print(f"{args.stage}.py, {runtime.world_size()} rank{'s' * (runtime.world_size() > 1)}, {found['micro']} images on each at a time\n"
-          f"weights trained     {found['trained'] / 1e6:,.1f} M, held {found['held'] / 1e6:,.1f} M\n"
-          f"FLOPs an image      {found['forward'] / 1e9:,.1f} G forward, {found['training'] / 1e9:,.1f} G with the backward pass\n"
-          f"memory              {found['memory'] / gib:,.1f} GiB: weights, gradients and Adam's moments "
-          f"{(found['memory'] - found['activations']) / gib:,.1f}, activations {found['activations'] / gib:,.1f}\n"
-          f"checkpoint          {found['written'] / gib:,.2f} GiB, {'two' if args.stage in ('teacher', 'pretrain') else 'three'} of them\n"
-          f"steps               {steps:,}: {epoch_steps:,} an epoch of {images:,} images{'' if counted else ' (not there: counted as the paper)'}\n"
-          f"{f'at {args.dry_run:g} images/s':19} {seen / args.dry_run / 3600:,.1f} hours")
+    found = estimate(args, classes, own.ranks)
+
+    gib = 2 ** 30
+    precision = "bf16" if runtime.autocast(args, runtime.device())._enabled else "fp32"
+    hours = steps * args.batch_size / own.images_per_second / 3600
+    kept = "two" if args.stage in ("teacher", "pretrain") else "three"
+    source = "" if counted else ", the paper's: --data is not there"
+    print(f"{args.stage}.py, ranks: {own.ranks}, images on each at a time: {found.micro}")
+    print(f"weights trained     {found.trained / 1e6:,.1f} M, held {found.held / 1e6:,.1f} M")
+    print(f"FLOPs an image      {found.forward / 1e9:,.1f} G forward, "
+          f"{found.training / 1e9:,.1f} G with the backward pass")
+    print(f"memory              {found.memory / gib:,.1f} GiB in {precision}: weights, gradients "
+          f"and Adam's moments {(found.memory - found.activations) / gib:,.1f}, "
+          f"activations {found.activations / gib:,.1f}")
+    print(f"checkpoint          {found.written / gib:,.2f} GiB, {kept} of them")
+    print(f"steps               {steps:,}: {epoch_steps:,} an epoch of {images:,} images{source}")
+    print(f"time                {hours:,.1f} hours at {own.images_per_second:g} images/s")
     if args.stage == "detect":
         print("Proposals, heads and their losses depend on the data and are not counted.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except runtime.InputError as error:
+        print(f"tools.plan: {error}", file=sys.stderr)
+        sys.exit(2)

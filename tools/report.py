@@ -2,12 +2,12 @@
 
     python -m tools.report runs/paper/tokenizer runs/paper/pretrain --output report.html
 
-Curves are drawn from log.jsonl, runs over one another; pictures are those that the runs wrote. For a pretrain.py run
-whose tokenizer and data are there, masked images with the codes it predicts, decoded, are drawn now.
+Curves come from log.jsonl, those of all runs over one another; pictures are those that the runs
+wrote. For a pretrain.py run whose tokenizer and data are still there, masked images with the
+predicted codes decoded are drawn now.
 """
 import argparse
 import base64
-import contextlib
 import html
 import io
 import json
@@ -17,180 +17,270 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
-from model import block_mask, load
-from runtime import InputError, load_checkpoint
+from model import block_mask
+from runtime import InputError
+from weights import load
 
-COLOURS = ("#2f7ed8", "#d9480f", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#8a6d00", "#495057")
-SKIP = {"step", "epoch", "time", "images", "split", "init", "probe"}
+COLOURS = (                     # of the runs, in their order
+    "#2f7ed8", "#d9480f", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#8a6d00", "#495057")
+NO_CURVE = {"step", "epoch", "time", "images"}              # numbers of a line of the log
+WIDTH, HEIGHT = 420, 210        # of a chart, pixels
+LEFT, RIGHT, TOP, BOTTOM = 52, 8, 8, 22                     # its margins, pixels
 STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #667; --paper: #fff; --card: #f5f6f8; --line: #d8dbe0 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8ea; --soft: #9aa; --paper: #15171a; --card: #1f2226; --line: #383c42 } }
+:root { color-scheme: light dark;
+  --ink: #1a1a1a; --soft: #667; --paper: #fff; --card: #f5f6f8; --line: #d8dbe0 }
+@media (prefers-color-scheme: dark) { :root {
+  --ink: #e8e8ea; --soft: #9aa; --paper: #15171a; --card: #1f2226; --line: #383c42 } }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 1rem; max-width: 76rem; font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper) }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem } p, figcaption { color: var(--soft) }
+body { margin: 0 auto; padding: 1rem; max-width: 76rem; font: 15px/1.5 system-ui, sans-serif;
+  color: var(--ink); background: var(--paper) }
+h1 { font-size: 1.4rem }
+h2 { font-size: 1.1rem; margin: 2rem 0 .6rem }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; list-style: none }
-.legend i { display: inline-block; width: 1.4em; height: .25em; margin-right: .4em; vertical-align: middle }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem }
+.legend i { display: inline-block; width: 1.4em; height: .25em; margin-right: .4em;
+  vertical-align: middle }
+.grid { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)) }
 figure { margin: 0; padding: .7rem; background: var(--card); border-radius: .5rem }
-figcaption { overflow-wrap: anywhere } figcaption b { color: var(--ink) }
-svg { width: 100%; height: auto; display: block } svg text { fill: var(--soft); font-size: 11px }
-svg .axis { stroke: var(--line) } svg polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round }
+figcaption { color: var(--soft); overflow-wrap: anywhere }
+figcaption b { color: var(--ink) }
+svg { width: 100%; height: auto; display: block }
+svg text { fill: var(--soft); font-size: 11px }
+svg .axis { stroke: var(--line) }
+svg polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round }
 .pictures img { width: 100%; height: auto; image-rendering: pixelated; border-radius: .25rem }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9em } td, th { text-align: left; padding: .15rem .8rem .15rem 0;
-border-bottom: 1px solid var(--line); overflow-wrap: anywhere; min-width: 7rem; vertical-align: top } td:first-child { white-space: nowrap } tr.differs td { font-weight: 600 }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .9em }
+td, th { text-align: left; padding: .15rem .8rem .15rem 0; border-bottom: 1px solid var(--line);
+  overflow-wrap: anywhere; min-width: 7rem; vertical-align: top }
+td:first-child { white-space: nowrap }
+tr.differs td { font-weight: 600 }
 """
 
 
-class Run:
-    def __init__(self, folder):
-        self.folder, log = Path(folder), Path(folder) / "log.jsonl"
-        if not log.exists():
-            raise InputError(f"{folder}: no log.jsonl in it; name a stage's output folder")
-        rows = []
-        for line in log.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a run that died wrote half of its last line
-                rows.append(json.loads(line))
-        starts = [row for row in rows if "args" in row]
-        self.args = starts[-1]["args"] if starts else {}
-        self.about = " · ".join(str(starts[-1][key]) for key in ("hardware", "torch") if key in starts[-1]) if starts else ""
-        self.series = {}                                   # name → {step: value}: a resumed run's later line wins
-        self.evaluations = [row for row in rows if "args" not in row and "step" not in row]  # of --eval and --probe
-        for row in rows:
-            if "args" in row or "step" not in row:
-                continue
-            for key, value in row.items():
-                if key not in SKIP and isinstance(value, (int, float)):
-                    name = f"{key} ({row['split']})" if "split" in row else key
-                    self.series.setdefault(name, {})[row["step"]] = value
+def escape(text):
+    return html.escape(str(text))
 
 
 def number(value):
     if 1e3 <= abs(value) < 1e5:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e3 else f"{value:.1e}"
+    if value == 0 or 1e-3 <= abs(value) < 1e3:
+        return f"{value:.3g}"
+    return f"{value:.1e}"
 
 
-def chart(name, lines):
-    """An SVG of {run's number: {step: value}}; a line of one point is a dot."""
-    width, height, left, bottom = 420, 210, 52, 22
-    points = [(step, value) for line in lines.values() for step, value in line.items() if math.isfinite(value)]
-    if not points:
+class Run:
+    """What log.jsonl of a stage's output folder says. Raises InputError where there is none.
+
+    Attributes: args and about, the arguments and the hardware ({} and "": of an evaluation alone);
+    curves, {name: {step: value}}; evaluations, rows of what was measured outside training.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.args, self.about = {}, ""
+        self.curves, self.evaluations = {}, []
+        log = self.folder / "log.jsonl"
+        if not log.exists():
+            raise InputError(f"{folder}: no log.jsonl in it; name a stage's output folder")
+        for line in log.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:                    # a run that died wrote half of it
+                continue
+            if "args" in row:
+                self.args, self.about = row["args"], f"{row['hardware']} · {row['torch']}"
+            elif "step" in row:
+                self.add(row)
+            else:
+                self.evaluations.append(row)
+
+    def add(self, row):
+        for key, value in row.items():
+            if key not in NO_CURVE and isinstance(value, (int, float)):
+                name = f"{key} ({row['split']})" if "split" in row else key
+                curve = self.curves.setdefault(name, {})
+                curve[row["step"]] = value                  # a resumed run's later line counts
+
+
+# ------------------------------------------------------------------------------------------------
+# Curves
+
+def chart(name, curves):
+    """A figure of {number of the run: {step: value}}; a curve of one point is a dot."""
+    finite = {}                                             # (step, value) of each run, by step
+    for i, curve in curves.items():
+        finite[i] = [pair for pair in sorted(curve.items()) if math.isfinite(pair[1])]
+    steps = [step for pairs in finite.values() for step, _ in pairs]
+    values = [value for pairs in finite.values() for _, value in pairs]
+    if not values:
         return ""
-    steps, values = zip(*points)
-    low, high, end = min(values), max(values), max(max(steps), 1)
+    end = max(*steps, 1)
+    low, high = min(values), max(values)
     span = (high - low) or abs(high) or 1.0
 
-    def place(step, value):
-        return f"{left + (width - left - 8) * step / end:.1f},{8 + (height - bottom - 16) * (1 - (value - low) / span):.1f}"
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(name)}">']
+    def x(step):
+        return f"{LEFT + (WIDTH - LEFT - RIGHT) * step / end:.1f}"
+
+    def y(value):
+        return f"{TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - low) / span):.1f}"
+
+    parts = []
     for value in sorted({low, (low + high) / 2, high}):
-        y = place(0, value).split(",")[1]
-        parts.append(f'<line class="axis" x1="{left}" x2="{width - 8}" y1="{y}" y2="{y}"/>'
-                     f'<text x="{left - 6}" y="{y}" text-anchor="end" dominant-baseline="middle">{number(value)}</text>')
-    for step in (0, end / 2, end):
-        x = place(step, low).split(",")[0]
-        anchor = "end" if step == end else "middle" if step else "start"
-        parts.append(f'<text x="{x}" y="{height - 6}" text-anchor="{anchor}">{step:,.0f}</text>')
-    for index, line in lines.items():
-        colour, pairs = COLOURS[index % len(COLOURS)], sorted((s, v) for s, v in line.items() if math.isfinite(v))
+        parts.append(
+            f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value)}" y2="{y(value)}"/>'
+            f'<text x="{LEFT - 6}" y="{y(value)}" text-anchor="end" dominant-baseline="middle">'
+            f"{number(value)}</text>")
+    for step, anchor in ((0, "start"), (end / 2, "middle"), (end, "end")):
+        parts.append(f'<text x="{x(step)}" y="{HEIGHT - 6}" text-anchor="{anchor}">'
+                     f"{step:,.0f}</text>")
+    for i, pairs in finite.items():
+        colour = COLOURS[i % len(COLOURS)]
         if len(pairs) == 1:
-            x, y = place(*pairs[0]).split(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
+            step, value = pairs[0]
+            parts.append(f'<circle cx="{x(step)}" cy="{y(value)}" r="3" fill="{colour}"/>')
         elif pairs:
-            parts.append(f'<polyline stroke="{colour}" points="{" ".join(place(*pair) for pair in pairs)}"/>')
-    last = ", ".join(number(line[max(line)]) for line in lines.values())
-    return f'<figure>{"".join(parts)}</svg><figcaption><b>{html.escape(name)}</b>, at the end {last}</figcaption></figure>'
+            places = " ".join(f"{x(step)},{y(value)}" for step, value in pairs)
+            parts.append(f'<polyline stroke="{colour}" points="{places}"/>')
+    last = ", ".join(number(curve[max(curve)]) for curve in curves.values())
+    return (f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">'
+            f'{"".join(parts)}</svg>'
+            f"<figcaption><b>{escape(name)}</b>, at the end {last}</figcaption></figure>")
 
 
-def embedded(image, caption):
-    """An image (path or PIL) as a figure, inside the page."""
-    if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        raw = buffer.getvalue()
-    else:
-        raw = Path(image).read_bytes()
-    return (f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(raw).decode()}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+def charts(runs):
+    figures = []
+    for name in dict.fromkeys(name for run in runs for name in run.curves):
+        curves = {i: run.curves[name] for i, run in enumerate(runs) if name in run.curves}
+        figures.append(chart(name, curves))
+    return "".join(figures)
 
 
-def masked_predictions(run, number=8):
-    """Columns of a validation image, the image as the ViT saw it, the codes it predicts there and the true ones, decoded."""
-    state = load_checkpoint(run.folder, ["pretrain"])
-    args, vit, tokenizer = state["args"], load(run.folder), load(run.args["tokenizer"])
+def legend(runs):
+    items = []
+    for i, run in enumerate(runs):
+        items.append(f'<li><i style="background:{COLOURS[i % len(COLOURS)]}"></i>'
+                     f"{escape(run.folder)} <span>{escape(run.about)}</span></li>")
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures
+
+def masked_predictions(run, images=8):
+    """A PNG of random validation images, a column each, as bytes.
+
+    From the top: the image; the image as the ViT saw it; its codes decoded, in masked places those
+    that the ViT predicts; its true codes decoded.
+    """
+    args = run.args
+    vit, tokenizer = load(run.folder), load(args["tokenizer"])
     dataset = data.load_dataset(args["data"], "val", args["image_size"])
     random.seed(0)
-    chosen = random.sample(range(len(dataset)), min(number, len(dataset)))
-    images = torch.stack([vit.preprocess(data.read(dataset, index)[0]) for index in chosen])
+    chosen = random.sample(range(len(dataset)), min(images, len(dataset)))
+    x = torch.stack([vit.preprocess(data.read(dataset, index)[0]) for index in chosen])
     count = round(args["mask_ratio"] * vit.grid ** 2)
     masks = torch.stack([block_mask(vit.grid, count, args["mask_block"]) for _ in chosen])
     with torch.no_grad():
-        true = tokenizer.encode(images, vit.grid)
+        true = tokenizer.encode(x, vit.grid)
         predicted = true.clone()
-        predicted[masks] = vit(images, masks).argmax(1)
-        rows = [tokenizer.decode(codes) for codes in (predicted, true)]
-    rows = [torch.nn.functional.interpolate(row, images.shape[2:]) for row in rows]
-    grey = torch.nn.functional.interpolate(masks[:, None].float(), images.shape[2:])
-    rows = [images, torch.where(grey > 0, 0.0, images), *rows]
-    sheet = torch.cat([torch.cat(list(row), 2) for row in rows], 1)                 # (3, 4·H, number·W)
-    return Image.fromarray(((sheet.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy())
+        predicted[masks] = vit(x, masks).argmax(1)
+        size = x.shape[2:]
+        hidden = F.interpolate(masks[:, None].float(), size) > 0
+        seen = torch.where(hidden, 0.0, x)                  # grey where it is masked
+        rows = [x, seen]
+        for codes in (predicted, true):
+            rows.append(F.interpolate(tokenizer.decode(codes), size))
+    sheet = torch.cat([torch.cat(list(row), 2) for row in rows], 1)             # (3, 4·H, images·W)
+    pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def picture(png, caption):
+    """A figure with the bytes of a PNG file inside the page."""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return (f'<figure><img alt="{escape(caption)}" src="{source}">'
+            f"<figcaption>{escape(caption)}</figcaption></figure>")
 
 
 def pictures(runs):
     figures = []
     for run in runs:
         for path in sorted(run.folder.glob("*.png")):
-            figures.append(embedded(path, f"{run.folder}: {path.stem}"))
-        if run.args.get("stage") == "pretrain":
-            try:
-                figures.append(embedded(masked_predictions(run), f"{run.folder}: validation images, masked, with the predicted codes "
-                                        "decoded in the masked places, with the true codes decoded"))
-            except InputError as error:                    # its tokenizer or data are elsewhere now
-                figures.append(f"<figure><figcaption>{html.escape(f'{run.folder}: no masked predictions: {error}')}</figcaption></figure>")
-    return figures
+            figures.append(picture(path.read_bytes(), f"{run.folder}: {path.stem}"))
+        if run.args.get("stage") != "pretrain":
+            continue
+        try:
+            caption = (f"{run.folder}: validation images, masked, with the predicted codes decoded "
+                       "in the masked places, with the true codes decoded")
+            figures.append(picture(masked_predictions(run), caption))
+        except InputError as error:                         # its tokenizer or data are gone
+            caption = escape(f"{run.folder}: no masked predictions: {error}")
+            figures.append(f"<figure><figcaption>{caption}</figcaption></figure>")
+    if not figures:
+        return ""
+    return f'<h2>Pictures</h2><div class="grid pictures">{"".join(figures)}</div>'
 
 
-def arguments(runs):
-    """What each run was given; blank where its stage has no such argument. An evaluation alone writes none down."""
-    runs, rows = [run for run in runs if run.args], []
-    for key in sorted({key for run in runs for key in run.args}):
-        values = [json.dumps(run.args[key]) if key in run.args else "" for run in runs]
-        rows.append((len(set(values) - {""}) == 1, key, values))
-    rows.sort(key=lambda row: row[0])                      # what differs comes first
-    head = "".join(f"<th>{html.escape(str(run.folder))}</th>" for run in runs)
-    body = "".join(f'<tr{"" if alike else " class=differs"}><td>{key}</td>' + "".join(f"<td>{html.escape(v)}</td>" for v in values) + "</tr>"
-                   for alike, key, values in rows)
-    return f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'
+# ------------------------------------------------------------------------------------------------
+# Tables
+
+def table_row(cells, kind="td", attributes=""):
+    inner = "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in cells)
+    return f"<tr{attributes}>{inner}</tr>"
 
 
 def evaluations(runs):
     """What was measured outside training, a line each."""
-    rows = "".join(f"<tr><td>{html.escape(str(run.folder))}</td><td>"
-                   + html.escape(", ".join(f"{key} {number(value) if isinstance(value, float) else value}" for key, value in row.items()
-                                           if key != "time")) + "</td></tr>" for run in runs for row in run.evaluations)
-    return f'<h2>Evaluations and probes</h2><div class="scroll"><table>{rows}</table></div>' if rows else ""
+    rows = []
+    for run in runs:
+        for row in run.evaluations:
+            shown = (f"{key} {number(value) if isinstance(value, float) else value}"
+                     for key, value in row.items() if key != "time")
+            rows.append(table_row([run.folder, ", ".join(shown)]))
+    if not rows:
+        return ""
+    return ('<h2>Evaluations and probes</h2>'
+            f'<div class="scroll"><table>{"".join(rows)}</table></div>')
+
+
+def arguments(runs):
+    """What each run was given, first what differs; blank where its stage has no such argument."""
+    runs = [run for run in runs if run.args]                # an evaluation alone has none
+    differing, same = [], []
+    for key in sorted({key for run in runs for key in run.args}):
+        cells = [json.dumps(run.args[key]) if key in run.args else "" for run in runs]
+        if len(set(cells) - {""}) > 1:
+            differing.append(table_row([key, *cells], attributes=" class=differs"))
+        else:
+            same.append(table_row([key, *cells]))
+    head = table_row(["", *(run.folder for run in runs)], "th")
+    rows = "".join([head, *differing, *same])
+    return f'<h2>Arguments</h2><div class="scroll"><table>{rows}</table></div>'
 
 
 def page(runs):
-    names = list(dict.fromkeys(name for run in runs for name in run.series))
-    charts = [chart(name, {i: run.series[name] for i, run in enumerate(runs) if name in run.series}) for name in names]
-    legend = "".join(f'<li><i style="background:{COLOURS[i % len(COLOURS)]}"></i>{html.escape(str(run.folder))} <span>'
-                     f"{html.escape(run.about)}</span></li>" for i, run in enumerate(runs))
-    shown = pictures(runs)
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{html.escape(', '.join(str(run.folder) for run in runs))}</title><style>{STYLE}</style>"
-            f'<h1>PeCo runs</h1><ul class="legend">{legend}</ul><h2>Curves, over steps</h2><div class="grid">{"".join(charts)}</div>'
-            + (f'<h2>Pictures</h2><div class="grid pictures">{"".join(shown)}</div>' if shown else "")
-            + f"{evaluations(runs)}<h2>Arguments</h2>{arguments(runs)}</html>\n")
+    title = escape(", ".join(str(run.folder) for run in runs))
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style><h1>PeCo runs</h1>{legend(runs)}"
+        f'<h2>Curves, over steps</h2><div class="grid">{charts(runs)}</div>'
+        f"{pictures(runs)}{evaluations(runs)}{arguments(runs)}</html>\n")
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("runs", nargs="+", help="output folders of any stages")
-    p.add_argument("--output", type=Path, default=Path("report.html"))
+    p.add_argument("--output", type=Path, default=Path("report.html"),
+                   help="file to write; default: %(default)s")
     args = p.parse_args(argv)
     args.output.write_text(page([Run(folder) for folder in args.runs]))
     print(args.output)

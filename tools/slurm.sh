@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A stage on several machines under Slurm:    sbatch tools/slurm.sh pretrain.py --epochs 800
-# Two minutes before the time limit Slurm sends SIGTERM: the run writes a checkpoint and ends. The same line goes on.
+# Two minutes before the time limit Slurm sends SIGTERM: the run writes a checkpoint and ends.
+# The same line goes on.
 #SBATCH --job-name=peco
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -12,5 +13,6 @@
 set -euo pipefail
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # srun does not inherit --cpus-per-task (Slurm 22.05 and later)
-srun --cpus-per-task "$SLURM_CPUS_PER_TASK" .venv/bin/torchrun --nnodes "$SLURM_NNODES" --nproc-per-node gpu --rdzv-id "$SLURM_JOB_ID" \
+srun --cpus-per-task "$SLURM_CPUS_PER_TASK" \
+    .venv/bin/torchrun --nnodes "$SLURM_NNODES" --nproc-per-node gpu --rdzv-id "$SLURM_JOB_ID" \
     --rdzv-backend c10d --rdzv-endpoint "$first:29500" "$@"

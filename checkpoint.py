@@ -1,0 +1,97 @@
+"""A checkpoint: one file of plain values and tensors, with a digest of them all.
+
+Plain, so that torch.load(weights_only=True) takes it and nothing in it is ever executed. With a
+digest, since torch.load does not notice a flipped bit or a block of zeros.
+"""
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from runtime import InputError
+
+
+def digest(value):
+    """SHA-256 over nested dicts, lists, tensors and plain values, in their order."""
+    sha = hashlib.sha256()
+    if isinstance(value, torch.Tensor):
+        sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        sha.update(repr([digest(item) for item in value.items()]).encode())
+    elif isinstance(value, (list, tuple)):
+        sha.update(repr([digest(item) for item in value]).encode())
+    else:
+        sha.update(repr(value).encode())
+    return sha.hexdigest()
+
+
+def write(path, state):
+    """Write state, a dict, with its digest: whole or not at all, whenever the process dies."""
+    state["digest"] = digest(state)
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)                                    # the renaming itself
+        os.close(folder)
+    except (OSError, RuntimeError) as error:               # torch.save: RuntimeError on a full disk
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise InputError(
+            f"{path}: not written ({error}), {free_space(path.parent)} free there; the one before "
+            "is intact: make room and run the same command again") from error
+
+
+def free_space(folder):
+    return f"{shutil.disk_usage(folder).free / 2 ** 20:.0f} MiB"
+
+
+def files(folder):
+    """The checkpoints of a run's folder, the newest first."""
+    return sorted(Path(folder).glob("step-*.pt"), reverse=True)
+
+
+def load(path, stages=None):
+    """The checkpoint in a file, or the newest sound one of a run's folder, on the CPU.
+
+    stages: those that it may be of; None: any, and files of other projects, which have no "stage".
+    A damaged file is named and passed over. Raises InputError where none is left.
+    """
+    path = Path(path)
+    candidates = files(path) if path.is_dir() else [path]
+    wanted = f"expected one of {' or '.join(stages)}" if stages else "expected a checkpoint"
+    if not candidates or not candidates[0].exists():
+        raise InputError(f"{path}: nothing there, {wanted}")
+    for file in candidates:
+        try:
+            state = load_sound(file)
+        except Exception as error:            # torch.load raises all kinds on a bad or hostile file
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            print(f"{file}: not loaded: {reason}", file=sys.stderr)
+            continue
+        stage = state.get("stage") if "digest" in state else None
+        if stages and stage not in stages:
+            found = f"a checkpoint of {stage}" if stage else "another file"
+            raise InputError(f"{file}: found {found}, {wanted}")
+        return state
+    raise InputError(f"{path}: no sound checkpoint, {wanted}; restore one or name another path")
+
+
+def load_sound(file):
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}")
+    if "digest" in state:
+        rest = {key: value for key, value in state.items() if key != "digest"}
+        if state["digest"] != digest(rest):
+            raise ValueError("its digest differs")
+    return state

@@ -1,0 +1,591 @@
+"""The paper's equations against plain loops: test_eq1_… is of its Eq. 1, and so on.
+
+Then what it does not put into equations: how the codebook begins, codes out of use, the tokenizer.
+"""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import COMMON, OWN, run
+from test_stages import log
+from test_vit import pixels, seeded, statistics, tiny_vit
+
+import data
+import pretrain
+import tokenizer
+import weights
+from model import IMAGENET_MEAN, IMAGENET_STD, Grid, PerceptualLoss, Quantizer, VQTokenizer
+
+
+def a_quantizer(size=6, dim=3, decay=0.9, revive=0.0):
+    q = Quantizer(size, dim, decay, revive).double()
+    q.codebook.copy_(torch.randn(size, dim, generator=seeded(0)))
+    q.count.copy_(torch.rand(size, generator=seeded(1)) + 0.5)
+    q.sum.copy_(q.codebook * q.count[:, None])
+    return q
+
+
+def vectors(batch, dim, height, width, seed=2):
+    return torch.randn(batch, dim, height, width, generator=seeded(seed)).double()
+
+
+def plain_nearest(z, codebook):
+    """Index of the nearest code for each row, by loops."""
+    best = []
+    for row in z:
+        distances = []
+        for code in codebook:
+            distances.append(sum((a - b) ** 2 for a, b in zip(row, code, strict=True)))
+        best.append(distances.index(min(distances)))
+    return best
+
+
+def plain_rows(z_e):
+    """(B, D, h, w) → B·h·w rows, by loops."""
+    images, _, height, width = z_e.shape
+    rows = []
+    for b in range(images):
+        for y in range(height):
+            for x in range(width):
+                rows.append(z_e[b, :, y, x].tolist())
+    return rows
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer():
+    torch.manual_seed(0)
+    t = VQTokenizer(16, channels=(16, 32, 32), codebook_size=64, code_dim=8)
+    t.quantizer(t.encoder(pixels(8, 3, 16, 16, seed=1)))
+    t.quantizer.initialize(seeded())
+    return t.eval()
+
+
+def first_step(stage, transform, flags):
+    """The micro-batches (inputs, labels) of a stage's step 0."""
+    args = stage.get_args(flags)
+    dataset = data.load_dataset(args.data, "train", args.image_size)
+    loader = data.TrainLoader(dataset, transform(args), args, 0, 1, torch.device("cpu"))
+    return next(iter(loader))
+
+
+def gradient_norm(module):
+    squares = [p.grad.square().sum() for p in module.parameters() if p.grad is not None]
+    return math.sqrt(sum(squares))
+
+
+# ------------------------------------------------------------------------------------------------
+# Eq. 1: the code of a vector is its nearest codeword
+
+def test_eq1_nearest_codeword_against_plain_loops():
+    q = a_quantizer()
+    z = vectors(2, 3, 3, 4)
+    expected = plain_nearest(plain_rows(z), q.codebook.tolist())
+    assert q.nearest(torch.tensor(plain_rows(z), dtype=torch.float64)).tolist() == expected
+    _, codes, _ = q(z)
+    assert codes.shape == (2, 3, 4)
+    assert codes.flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("rows", [1, 1023, 1024, 1025, 9000])
+def test_eq1_is_the_same_in_blocks(rows):
+    q = a_quantizer(size=40, dim=5)
+    z = torch.randn(rows, 5, generator=seeded(3)).double()
+    distances = (z[:, None] - q.codebook).square().sum(2)   # the full matrix
+    assert torch.equal(q.nearest(z), distances.argmin(1))
+
+
+def test_eq1_in_fp32_under_autocast():
+    q = Quantizer(512, 16).eval()
+    q.codebook.copy_(torch.randn(512, 16, generator=seeded()) * 0.05 + 1)
+    z = torch.randn(2, 16, 16, 16, generator=seeded(1)) * 0.05 + 1
+    rows = z.permute(0, 2, 3, 1).flatten(0, 2)
+    z_q, codes, l_commit = q(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        z_q16, codes16, l_commit16 = q(z)
+        naive = (q.codebook.square().sum(1) - 2 * rows @ q.codebook.T).argmin(1)
+    assert torch.equal(codes, codes16)
+    assert torch.equal(z_q, z_q16)
+    assert l_commit == l_commit16
+    assert z_q16.dtype == torch.float32
+    assert not torch.equal(naive, codes.flatten())          # bf16 products do find other neighbours
+
+
+def test_eq1_encode_quantizes_in_fp32_under_autocast(small_tokenizer):
+    x = pixels(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        z_e = small_tokenizer.encoder(x)
+        codes = small_tokenizer.encode(x)
+    assert z_e.dtype == torch.bfloat16
+    rows = z_e.float().permute(0, 2, 3, 1).flatten(0, 2)
+    assert torch.equal(codes.flatten(), small_tokenizer.quantizer.nearest(rows))
+
+
+# ------------------------------------------------------------------------------------------------
+# Eq. 2: z_q, what is decoded, is the codeword
+
+def test_eq2_quantized_vectors_are_the_codewords():
+    q = a_quantizer()
+    z_q, codes, _ = q(vectors(2, 3, 3, 4))
+    for b in range(2):
+        for y in range(3):
+            for x in range(4):
+                assert torch.allclose(z_q[b, :, y, x], q.codebook[codes[b, y, x]], rtol=1e-12)
+    assert torch.equal(q.lookup(codes), q.codebook[codes].permute(0, 3, 1, 2))
+
+
+def test_eq2_decoded_codes_are_the_reconstruction(small_tokenizer):
+    x = pixels(2, 3, 16, 16)
+    x_hat, codes, _ = small_tokenizer(x)
+    assert torch.equal(small_tokenizer.encode(x), codes)
+    assert torch.allclose(small_tokenizer.decode(codes), x_hat, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# Eq. 3: VQ-VAE's commitment term, straight-through gradient and codebook term
+
+def test_eq3_commitment_pulls_the_encoder_only():
+    q = a_quantizer()
+    z_e = vectors(2, 3, 2, 2).requires_grad_()
+    _, codes, l_commit = q(z_e)
+    e = q.lookup(codes)
+    expected = (z_e - e).square().mean()
+    assert math.isclose(l_commit.item(), expected.item(), rel_tol=1e-12)
+    l_commit.backward()
+    assert torch.allclose(z_e.grad, 2 * (z_e.detach() - e) / z_e.numel(), rtol=1e-12)
+    assert list(q.parameters()) == []
+    assert q.codebook.grad is None
+    assert not e.requires_grad
+
+
+def test_eq3_straight_through_gradient():
+    """∂f(z_q)/∂z_e = f′(z_q)."""
+    q = a_quantizer()
+    target = vectors(2, 3, 2, 2, seed=5)
+
+    def f(z):
+        return ((z - target) ** 3).sum()
+
+    z_e = vectors(2, 3, 2, 2).requires_grad_()
+    z_q, codes, _ = q(z_e)
+    f(z_q).backward()
+    leaf = q.lookup(codes).clone().requires_grad_()
+    f(leaf).backward()
+    assert torch.allclose(z_e.grad, leaf.grad, rtol=1e-12)
+    assert not torch.allclose(z_q, z_e, atol=0.1)           # the quantization did something
+
+
+def test_eq3_moving_averages_against_a_plain_loop():
+    q = a_quantizer()
+    count = q.count.tolist()
+    total = q.sum.tolist()
+    for step in range(2):
+        codebook = q.codebook.tolist()
+        seen = []
+        for micro_batch in range(2):
+            z = vectors(2, 3, 2, 2, seed=10 * step + micro_batch)
+            q(z)
+            seen += plain_rows(z)
+        q.update(seeded())
+        codes = plain_nearest(seen, codebook)
+        expected = []
+        for k in range(6):
+            own = [row for row, code in zip(seen, codes, strict=True) if code == k]
+            count[k] = 0.9 * count[k] + 0.1 * len(own)
+            for d in range(3):
+                total[k][d] = 0.9 * total[k][d] + 0.1 * sum(row[d] for row in own)
+            expected.append([value / count[k] for value in total[k]])
+        for found, plain in ((q.count, count), (q.sum, total), (q.codebook, expected)):
+            assert torch.allclose(found, torch.tensor(plain, dtype=torch.float64), rtol=1e-12)
+        assert q.gathered == []
+
+
+def test_eq3_moving_averages_minimise_the_codebook_term():
+    """Without memory (γ = 0) one update leaves ‖sg[z_e] − e‖² no gradient for any code in use."""
+    q = a_quantizer(decay=0.0)
+    z = vectors(2, 3, 4, 4)
+    _, codes, _ = q(z)
+    rows = torch.tensor(plain_rows(z), dtype=torch.float64)
+
+    def gradient():
+        e = q.codebook.clone().requires_grad_()
+        (rows - e[codes.flatten()]).square().sum().backward()
+        return e.grad
+
+    assert gradient().abs().max() > 1
+    q.update(seeded())
+    assert gradient().abs().max() < 1e-12
+
+
+# ------------------------------------------------------------------------------------------------
+# Eq. 4: the perceptual loss
+
+def plain_perceptual(maps, maps_hat):
+    """Σ_l 1/(C H W) ‖f(x) − f(x̂)‖², averaged over images; lists of (B, C, H, W), to normalise."""
+    def normalised(column):
+        mean = sum(column) / len(column)
+        variance = sum((value - mean) ** 2 for value in column) / len(column)
+        return [(value - mean) / math.sqrt(variance + 1e-5) for value in column]
+
+    total = 0.0
+    for f, f_hat in zip(maps, maps_hat, strict=True):
+        images, channels, height, width = f.shape
+        rows = zip(plain_rows(f), plain_rows(f_hat), strict=True)
+        for one, other in rows:
+            pairs = zip(normalised(one), normalised(other), strict=True)
+            total += sum((p - q) ** 2 for p, q in pairs) / (channels * height * width) / images
+    return total
+
+
+def test_eq4_against_a_plain_loop():
+    network = tiny_vit(depth=4, positions="absolute", layer_scale=0.0)
+    l_percep = PerceptualLoss(network, layers=[1, 3])
+    x = pixels(2, 3, 16, 16)
+    x_hat = pixels(2, 3, 16, 16, seed=1)
+    maps = []
+    for images in (x, x_hat):                               # through the blocks by hand
+        tokens = network.patch_embed(((images + 1) / 2 - network.mean) / network.std)
+        tokens = torch.cat([network.cls_token.expand(2, -1, -1), tokens], 1) + network.pos_embed
+        after = []
+        for block in network.blocks:
+            tokens = block(tokens, Grid(4, 4, None))
+            after.append(tokens[:, 1:].transpose(1, 2).reshape(2, 32, 4, 4))
+        maps.append([after[0], after[2]])
+    assert math.isclose(l_percep(x, x_hat).item(), plain_perceptual(*maps), rel_tol=1e-4)
+    assert l_percep(x, x.clone()).item() == 0
+
+
+def test_eq4_gradient_reaches_the_reconstruction_only():
+    l_percep = PerceptualLoss(tiny_vit(positions="absolute"), [1, 2]).train()
+    x = pixels(2, 3, 16, 16).requires_grad_()
+    x_hat = pixels(2, 3, 16, 16, seed=1).requires_grad_()
+    l_percep(x, x_hat).backward()
+    assert x.grad is None
+    assert x_hat.grad.abs().sum() > 0
+    assert all(p.grad is None and not p.requires_grad for p in l_percep.parameters())
+    assert not l_percep.network.training                    # frozen for good
+
+
+def test_eq4_input_is_normalised_and_resized_inside():
+    network = tiny_vit(positions="absolute", mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    l_percep = PerceptualLoss(network, [1])
+    seen = []
+    network.patch_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x = pixels(1, 3, 16, 16)
+    l_percep.features(x)
+    for channel in range(3):
+        expected = ((x[0, channel] + 1) / 2 - IMAGENET_MEAN[channel]) / IMAGENET_STD[channel]
+        assert torch.allclose(seen[0][0, channel], expected, atol=1e-6)
+    assert [f.shape for f in l_percep.features(pixels(1, 3, 24, 24))] == [(1, 32, 4, 4)]
+
+
+def test_eq4_layers_default_to_the_quarters():
+    assert PerceptualLoss(tiny_vit(depth=12)).layers == [3, 6, 9, 12]           # the paper's
+    assert PerceptualLoss(tiny_vit(depth=4)).layers == [1, 2, 3, 4]
+    for layers in ([0], [1, 3]):
+        with pytest.raises(ValueError, match=r"layers 1 to 2"):
+            PerceptualLoss(tiny_vit(depth=2), layers)
+
+
+def a_convnet(name):
+    """torchvision's, with random weights. The initial draw of VGG's 138 million takes seconds."""
+    with torch.device("meta"):
+        network = getattr(torchvision.models, name)()
+    if name == "vgg16":
+        network.classifier = torch.nn.Identity()
+    network.to_empty(device="cpu")
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data.zero_()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, generator=seeded())
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)
+            torch.nn.init.ones_(module.running_var)
+    return network
+
+
+@pytest.mark.parametrize("name, layers, shapes", [
+    ("vgg16", None, [(64, 32), (128, 16), (256, 8), (512, 4), (512, 2)]),
+    ("vgg16", [2, 4], [(128, 16), (512, 4)]),
+    ("resnet50", None, [(256, 8), (512, 4), (1024, 2), (2048, 1)]),
+])
+def test_eq4_of_convnets(name, layers, shapes):
+    l_percep = PerceptualLoss(a_convnet(name), layers).train()
+    seen = []
+    l_percep.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x = pixels(1, 3, 32, 32)
+    x_hat = pixels(1, 3, 32, 32, seed=1).requires_grad_()
+    assert [(f.shape[1], f.shape[2]) for f in l_percep.features(x)] == shapes
+    mean, std = statistics()
+    assert torch.allclose(seen[0], ((x + 1) / 2 - mean) / std, atol=1e-6)
+    assert all(f.min() >= 0 for f in l_percep.network(x).values())      # after the activation
+    assert l_percep(x, x.clone()).item() == 0
+    value = l_percep(x, x_hat)
+    value.backward()
+    assert value.item() > 0
+    assert x_hat.grad.abs().sum() > 0
+    for key, buffer in l_percep.network.named_buffers():
+        if key.endswith("running_mean"):
+            assert buffer.sum() == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Eq. 5: the tokenizer's objective
+
+def test_eq5_one_step_of_the_loss_against_a_plain_sum():
+    """L = L_pixel + λ L_percep + β L_commit and its gradient, in tokenizer.py's first step.
+
+    With lr 0 and decay 1 that step changes nothing, so its checkpoint is what it began from.
+    """
+    run("teacher", "--steps", "1", "--output", "teacher")
+    flags = [
+        *COMMON, *OWN["tokenizer"], "--perceptual", "teacher", "--perceptual-weight", "0.3",
+        "--commitment-weight", "20", "--decay", "1", "--revive", "0", "--lr", "0", "--steps", "1",
+        "--accumulate", "2", "--output", "run"]
+    tokenizer.main(tokenizer.get_args(flags))
+    step = first_step(tokenizer, transform_of_tokenizer, flags)
+    x = torch.cat([images for images, _ in step])
+    assert x.shape == (16, 3, 32, 32)
+
+    network = weights.load("run").requires_grad_()
+    z_e = network.encoder(x)                                                    # (16, 32, 4, 4)
+    rows = z_e.permute(0, 2, 3, 1)                                              # (16, 4, 4, 32)
+    distances = (rows.unsqueeze(3) - network.quantizer.codebook).square().sum(4)
+    z_q = network.quantizer.codebook[distances.argmin(3)].permute(0, 3, 1, 2)
+    x_hat = network.decoder(z_e + (z_q - z_e).detach())
+    l_pixel = (x - x_hat).square().sum() / (16 * 32 * 32 * 3)
+    l_commit = (z_q - z_e).square().sum() / z_e.numel()
+    perceptual = PerceptualLoss(weights.load("teacher"))
+    l_percep = 0.0
+    for f, f_hat in zip(perceptual.features(x), perceptual.features(x_hat), strict=True):
+        images, channels, height, width = f.shape
+        l_percep += (f - f_hat).square().sum() / (channels * height * width) / images
+    loss = l_pixel + 0.3 * l_percep + 20 * l_commit
+    loss.backward()
+
+    (row,) = log("run")
+    assert row["pixel"] == pytest.approx(l_pixel.item(), rel=1e-4)
+    assert row["perceptual"] == pytest.approx(l_percep.item(), rel=1e-4)
+    assert row["commitment"] == pytest.approx(l_commit.item(), rel=1e-4)
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert row["grad_norm"] == pytest.approx(gradient_norm(network), rel=1e-3)
+
+
+def transform_of_tokenizer(args):
+    return data.tokenizer_transform(args.image_size, args.crop_min, args.augment)
+
+
+# ------------------------------------------------------------------------------------------------
+# Eq. 6: masked patches become the mask token
+
+def test_eq6_masked_patches_become_the_mask_token():
+    vit = tiny_vit(codes=8)
+    x = pixels(2, 3, 16, 16)
+    mask = torch.rand(2, 4, 4, generator=seeded()) < 0.5
+    tokens, _ = vit.embed(x, mask)                                              # (2, 17, 32)
+    for b in range(2):
+        assert torch.equal(tokens[b, 0], vit.cls_token[0, 0])
+        for i in range(4):
+            for j in range(4):
+                patch = x[b, :, 4 * i:4 * i + 4, 4 * j:4 * j + 4]
+                embedding = (vit.patch_embed.proj.weight * patch).sum((1, 2, 3))
+                expected = embedding + vit.patch_embed.proj.bias
+                if mask[b, i, j]:
+                    expected = vit.mask_token[0, 0]
+                assert torch.allclose(tokens[b, 1 + 4 * i + j], expected, atol=1e-5)
+
+
+def test_eq6_what_is_masked_is_not_seen():
+    vit = tiny_vit(codes=8)
+    x = pixels(2, 3, 16, 16)
+    other = pixels(2, 3, 16, 16, seed=1)
+    mask = torch.rand(2, 4, 4, generator=seeded()) < 0.5
+    covered = mask.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]     # in pixels
+    logits = vit(x, mask)
+    assert logits.shape == (int(mask.sum()), 8)
+    assert torch.equal(vit(torch.where(covered, other, x), mask), logits)
+    assert not torch.allclose(vit(torch.where(covered, x, other), mask), logits)
+
+
+# ------------------------------------------------------------------------------------------------
+# Eq. 7: the codes of masked patches are predicted
+
+def test_eq7_logits_come_in_the_order_of_the_masked_patches():
+    """That of mask.nonzero(): image by image, and the targets' in pretrain.py."""
+    vit = tiny_vit(codes=8)
+    x = pixels(2, 3, 16, 16)
+    mask = torch.rand(2, 4, 4, generator=seeded()) < 0.5
+    every = vit.lm_head(vit.norm(vit.tokens(x, [2], mask)[0][:, 1:])).view(2, 4, 4, 8)
+    for row, (b, i, j) in zip(vit(x, mask), mask.nonzero().tolist(), strict=True):
+        assert torch.allclose(row, every[b, i, j], atol=1e-5)
+
+
+def test_eq7_one_step_of_the_loss_against_a_plain_loop():
+    """−log p(code | masked image), averaged over all masked patches, as pretrain.py's first step.
+
+    The codes are of the whole image. With lr 0 the checkpoint is what the step began from.
+    """
+    run("tokenizer", "--perceptual-weight", "0", "--steps", "1", "--output", "tokenizer")
+    flags = [
+        *COMMON, *OWN["pretrain"], "--tokenizer", "tokenizer", "--drop-path", "0", "--lr", "0",
+        "--steps", "1", "--accumulate", "2", "--output", "run"]
+    pretrain.main(pretrain.get_args(flags))
+    step = first_step(pretrain, transform_of_pretrain, flags)
+
+    vit = weights.load("run").requires_grad_()
+    total = right = patches = 0
+    for (images, masks), _ in step:
+        codes = weights.load("tokenizer").encode(images)                        # (8, 4, 4)
+        for image, mask, code in zip(images, masks, codes, strict=True):
+            h = vit.tokens(image[None], [4], mask[None])[0][0, 1:].view(4, 4, -1)
+            for i, j in mask.nonzero().tolist():
+                scores = vit.lm_head(vit.norm(h[i, j])).exp()                   # (K,)
+                total -= (scores[code[i, j]] / scores.sum()).log()
+                right += int(scores.argmax() == code[i, j])
+                patches += 1
+    assert patches == 16 * 6
+    loss = total / patches
+    loss.backward()
+
+    (row,) = log("run")
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert row["accuracy"] == pytest.approx(right / patches, rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(gradient_norm(vit), rel=1e-3)
+
+
+def transform_of_pretrain(args):
+    augment = data.pretrain_transform(args.image_size, args.crop_min, args.jitter, args.augment)
+    return pretrain.AugmentAndMask(augment, 4, round(args.mask_ratio * 16), args.mask_block)
+
+
+# ------------------------------------------------------------------------------------------------
+# The codebook: how it begins, codes out of use
+
+def test_evaluation_leaves_the_codebook_alone():
+    q = a_quantizer().eval()
+    q(vectors(2, 3, 2, 2))
+    assert q.gathered == []
+
+
+def test_the_codebook_begins_as_vectors_of_the_batch():
+    books = []
+    for seed in (0, 0, 1):
+        q = Quantizer(5, 3).double()
+        seen = []
+        for micro_batch in range(2):
+            z = vectors(2, 3, 4, 4, seed=micro_batch)
+            q(z)
+            seen += plain_rows(z)
+        q.initialize(seeded(seed))
+        assert all(code in seen for code in q.codebook.tolist())
+        assert len(q.codebook.unique(dim=0)) == 5
+        assert q.count.tolist() == [64 / 5] * 5
+        assert torch.allclose(q.sum, q.codebook * 64 / 5, rtol=1e-12)
+        assert q.gathered == []
+        books.append(q.codebook.tolist())
+    assert books[0] == books[1] != books[2]
+
+
+def with_a_dead_code(revive):
+    q = a_quantizer(size=4, dim=2, decay=0.5, revive=revive)
+    q.codebook[3] = 1000.0                                  # nothing is near it
+    q.count.copy_(torch.tensor([8.0, 8.0, 8.0, 0.01]))
+    q.sum.copy_(q.codebook * q.count[:, None])
+    return q
+
+
+def test_a_dead_code_starts_anew_with_its_statistics():
+    q = with_a_dead_code(0.1)
+    never = with_a_dead_code(0.0)
+    z = vectors(4, 2, 3, 3)
+    for each in (q, never):
+        each(z)
+        each.update(seeded())
+    rows = torch.tensor(plain_rows(z), dtype=torch.float64)
+    assert (rows - q.codebook[3]).abs().amax(1).min() < 1e-12
+    # else the next update moves it back
+    assert torch.allclose(q.sum[3], q.codebook[3] * q.count[3], rtol=1e-12)
+    assert torch.equal(q.codebook[:3], never.codebook[:3])
+    assert torch.equal(q.count[:3], never.count[:3])
+    assert (never.codebook[3] == 1000).all()
+    q(z)
+    used = int((q.gathered[0][1] == 3).sum())
+    q.update(seeded())
+    assert used > 0
+    assert q.codebook[3].abs().max() < 10
+
+
+def test_a_code_out_of_use_stays_where_it_is_without_revival():
+    q = Quantizer(size=4, dim=2, decay=0.5, revive=0.0)
+    z = vectors(4, 2, 3, 3).float()
+    far = torch.tensor([800.0, -300.0])                     # nothing is near it
+    q.codebook[3] = far
+    q.count[:] = 8.0
+    q.sum.copy_(q.codebook * q.count[:, None])
+    for _ in range(200):                                    # its count is 0 in float32 after 153
+        q(z)
+        q.update(seeded())
+    assert q.count[3] == 0
+    assert torch.allclose(q.codebook[3], far)
+    assert q.codebook.isfinite().all()
+
+
+def test_revival_is_deterministic_by_its_generator():
+    revived = []
+    for seed in (0, 0, 1):
+        q = with_a_dead_code(0.1)
+        q(vectors(8, 2, 8, 8))
+        q.update(seeded(seed))
+        revived.append(q.codebook[3].tolist())
+    assert revived[0] == revived[1] != revived[2]
+
+
+@pytest.mark.parametrize("batch", [4, 400])
+def test_a_revived_code_counts_as_alive(batch):
+    """Else it is replaced at each step again, before it can learn anything."""
+    q = a_quantizer(size=4, dim=2, decay=0.99, revive=0.01)
+    q.codebook[3] = 1000.0
+    q.count.copy_(torch.tensor([1.0, 1.0, 1.0, 0.0]) * batch * 64 / 3)
+    q.sum.copy_(q.codebook * q.count[:, None])
+    q(vectors(batch, 2, 8, 8))
+    q.update(seeded())
+    assert q.codebook[3].abs().max() < 10                   # revived
+    assert q.count[3] >= q.revive * q.count.mean()
+
+
+# ------------------------------------------------------------------------------------------------
+# The tokenizer
+
+def test_tokenizer_shapes_at_any_size(small_tokenizer):
+    x = pixels(2, 3, 24, 24)
+    x_hat, codes, l_commit = small_tokenizer(x)
+    assert small_tokenizer.stride == 4
+    assert x_hat.shape == x.shape
+    assert codes.shape == (2, 6, 6)
+    assert l_commit.ndim == 0
+    assert len(codes.unique()) > 1
+
+
+@pytest.mark.parametrize("grid", [3, 4, 7])
+def test_encode_at_another_grid(small_tokenizer, grid):
+    x = pixels(2, 3, 16, 16)
+    codes = small_tokenizer.encode(x, grid)
+    assert codes.shape == (2, grid, grid)
+    resized = x
+    if grid != 4:
+        resized = F.interpolate(x, (4 * grid, 4 * grid), mode="bicubic", antialias=True)
+    assert torch.equal(codes, small_tokenizer(resized)[1])
+
+
+def test_tokenizer_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="image size 18 .* stride 4"):
+        VQTokenizer(18, channels=(16, 16, 16))
+    with pytest.raises(ValueError, match=r"\[16, 20\].*multiples of 16"):
+        VQTokenizer(16, channels=(16, 20))
+
+
+def test_discriminator_judges_patches():
+    judge = tokenizer.PatchDiscriminator(16)
+    assert judge(pixels(2, 3, 32, 32)).shape == (2, 1, 3, 3)

@@ -1,0 +1,545 @@
+"""The ViT: masks, positions, features, the optimizer's groups, and timm's networks beside it."""
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model
+from model import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Grid,
+    RelativePositionBias,
+    VisionTransformer,
+    ViTPyramid,
+    block_mask,
+    offset_weights,
+    param_groups,
+    position_bias,
+    relative_position_index,
+    resize_bias_table,
+    resize_positions,
+    sincos_positions,
+)
+from weights import load_backbone
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randomize(module, seed=0):
+    """Every parameter away from its initial zeros and ones, so that each one matters."""
+    generator = seeded(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def tiny_vit(**changes):
+    arguments = dict(image_size=16, patch_size=4, dim=32, depth=2, heads=2)
+    return randomize(VisionTransformer(**{**arguments, **changes})).eval()
+
+
+def pixels(*shape, seed=0):
+    return torch.rand(*shape, generator=seeded(seed)) * 2 - 1
+
+
+def statistics():
+    """ImageNet's mean and standard deviation, (3, 1, 1) each."""
+    return [torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Block-wise masking
+
+def reference_mask(grid, count, min_block=16):
+    """BEiT's algorithm 1, restated on a set of patches.
+
+    Blocks of s patches, s between 16 and what is left to mask (less than 16 at the end), and aspect
+    ratio r from [0.3, 1/0.3]; it gives up after 10 draws in a row that do not fit.
+    """
+    masked = set()
+    while len(masked) < count:
+        left = count - len(masked)
+        for _ in range(10):
+            s = random.uniform(min_block, left)
+            r = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
+            a = round(math.sqrt(s * r))
+            b = round(math.sqrt(s / r))
+            if a >= grid or b >= grid:
+                continue
+            top = random.randint(0, grid - a)
+            first = random.randint(0, grid - b)
+            block = {(i, j) for i in range(top, top + a) for j in range(first, first + b)}
+            new = block - masked
+            if 1 <= len(new) <= left:
+                masked |= new
+                break
+        else:
+            return masked
+    return masked
+
+
+@pytest.mark.parametrize("grid, count, min_block", [
+    (14, 75, 16), (16, 102, 16), (8, 25, 4), (8, 26, 4), (4, 6, 4), (14, 10, 16), (8, 64, 4),
+    (8, 0, 4), (3, 4, 16)])
+def test_every_mask_has_the_same_count(grid, count, min_block):
+    random.seed(0)
+    for _ in range(200):
+        mask = block_mask(grid, count, min_block)
+        assert mask.shape == (grid, grid)
+        assert mask.dtype == torch.bool
+        assert int(mask.sum()) == count
+
+
+def test_masks_are_deterministic_by_seed():
+    masks = []
+    for seed in (1, 1, 2):
+        random.seed(seed)
+        masks.append(block_mask(14, 75))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+def frequency(masks):
+    """How often each patch is masked, over the square's eight symmetries: that cuts the noise."""
+    share = np.mean(masks, 0)
+    turned = [np.rot90(share, k) for k in range(4)]
+    return np.mean(turned + [t.T for t in turned], 0)
+
+
+def test_masks_against_the_reference_generator():
+    random.seed(0)
+    reference = np.zeros((2000, 14, 14))
+    for grid in reference:
+        for patch in reference_mask(14, 75):
+            grid[patch] = 1
+    counts = reference.sum((1, 2))
+    # BEiT's own figures, measured: 66 to 75, mean 74.5, a third falls short
+    assert 62 <= counts.min() <= 68
+    assert counts.max() == 75
+    assert abs(counts.mean() - 74.5) < 0.1
+    assert 0.28 < (counts < 75).mean() < 0.36
+    ours = np.stack([block_mask(14, 75).numpy() for _ in range(2000)])
+    difference = frequency(ours) - frequency(reference)
+    assert np.abs(difference).max() < 0.03
+    assert abs(difference.mean() - 0.5 / 196) < 0.001       # the half patch that is filled up
+    centre = frequency(ours)[7, 7]
+    corner = frequency(ours)[0, 0]
+    assert centre > corner + 0.2                            # as blocks have it
+
+
+def test_masks_begin_as_the_reference_generators():
+    """From the same seed both place the same blocks; ours then fills up."""
+    complete = 0
+    for seed in range(300):
+        random.seed(seed)
+        expected = reference_mask(14, 75)
+        random.seed(seed)
+        mask = block_mask(14, 75)
+        assert all(mask[patch] for patch in expected)
+        complete += len(expected) == 75
+    assert 180 < complete < 240                             # no more than a third are filled up
+
+
+def test_masked_patches_have_masked_neighbours():
+    random.seed(0)
+    alone = 0
+    for _ in range(200):
+        m = F.pad(block_mask(14, 75).float(), (1, 1, 1, 1))
+        neighbours = m[:-2, 1:-1] + m[2:, 1:-1] + m[1:-1, :-2] + m[1:-1, 2:]
+        alone += int(((m[1:-1, 1:-1] == 1) & (neighbours == 0)).sum())
+    assert alone / (200 * 75) < 1e-3
+
+
+def legal_blocks(smallest, largest):
+    """Shapes of blocks of so many patches, the largest first."""
+    shapes = set()
+    for s in np.linspace(smallest, largest, 41):
+        for r in np.geomspace(0.3, 1 / 0.3, 201):
+            shape = (round(math.sqrt(s * r)), round(math.sqrt(s / r)))
+            if math.prod(shape) <= largest:
+                shapes.add(shape)
+    return sorted(shapes, key=math.prod, reverse=True)
+
+
+def contains_block(mask, shape):
+    return np.lib.stride_tricks.sliding_window_view(mask, shape).all((2, 3)).any()
+
+
+def test_blocks_are_rectangles_of_legal_size_and_aspect():
+    """Of 20 patches the first block takes 16 or more (to whole patches): it is there in one piece.
+    """
+    legal = legal_blocks(16, 20)
+    random.seed(0)
+    seen = set()
+    for _ in range(200):
+        mask = block_mask(14, 20, 16).numpy()
+        whole = [shape for shape in legal if contains_block(mask, shape)]
+        assert whole
+        seen.add(whole[0])
+    assert {(4, 4), (4, 5), (5, 4)} <= seen
+    assert any(h > 2 * w for h, w in seen)
+    assert any(w > 2 * h for h, w in seen)
+
+
+# ------------------------------------------------------------------------------------------------
+# Relative positions
+
+def test_relative_position_index_against_a_double_loop():
+    grid = 3
+    side = 2 * grid - 1
+    index = relative_position_index(grid, grid)
+    for i in range(grid * grid):
+        for j in range(grid * grid):
+            dy = i // grid - j // grid
+            dx = i % grid - j % grid
+            assert index[1 + i, 1 + j] == (dy + grid - 1) * side + dx + grid - 1
+    # the class token's three rows follow: to patches, from patches, to itself
+    assert (index[0, 1:] == side ** 2).all()
+    assert (index[1:, 0] == side ** 2 + 1).all()
+    assert index[0, 0] == side ** 2 + 2
+
+
+def test_relative_position_bias_looks_up_the_table():
+    bias = RelativePositionBias(3, 2)
+    torch.nn.init.normal_(bias.relative_position_bias_table, generator=seeded())
+    index = relative_position_index(3, 3)
+    out = bias(Grid(3, 3, index))
+    assert out.shape == (1, 2, 10, 10)
+    for head in range(2):
+        for i in range(10):
+            for j in range(10):
+                row = bias.relative_position_bias_table[index[i, j]]
+                assert out[0, head, i, j] == row[head]
+
+
+@pytest.mark.parametrize("positions", ["shared", "block"])
+def test_attention_is_softmax_of_scores_and_bias(positions):
+    """The first block's attention by loops over heads and tokens; queries, keys and values apart.
+
+    Only queries and values have a bias (BEiT).
+    """
+    vit = tiny_vit(positions=positions)
+    x, grid = vit.embed(pixels(1, 3, 16, 16))
+    attention = vit.blocks[0].attn
+    own = vit.rel_pos_bias if positions == "shared" else attention
+    bias = position_bias(own.relative_position_bias_table, grid)[0]             # (heads, 17, 17)
+    w_q, w_k, w_v = attention.qkv.weight.chunk(3)
+    q = x[0] @ w_q.T + attention.q_bias                                         # (17, D)
+    k = x[0] @ w_k.T
+    v = x[0] @ w_v.T + attention.v_bias
+    out = torch.zeros(17, 32)
+    for head in range(2):
+        channels = slice(16 * head, 16 * head + 16)
+        for i in range(17):
+            scores = torch.stack([q[i, channels] @ k[j, channels] / 4 for j in range(17)])
+            share = (scores + bias[head, i]).softmax(0)
+            out[i, channels] = share @ v[:, channels]
+    expected = attention.proj(out)
+    shared_bias = bias[None] if positions == "shared" else None
+    assert torch.allclose(attention(x, grid, shared_bias)[0], expected, atol=1e-4)
+    assert bias.abs().max() > 0.1
+
+
+def table(grid, heads=2):
+    return torch.randn((2 * grid - 1) ** 2 + 3, heads, generator=seeded())
+
+
+@pytest.mark.parametrize("size", [(16, 16), (12, 20)])
+def test_fused_attention_can_take_the_bias(size, monkeypatch):
+    """A GPU's fused kernels refuse a mask whose last dimension is not the closest in memory.
+
+    One of another dtype too.
+    """
+    seen = []
+    plain = F.scaled_dot_product_attention
+
+    def watched(q, k, v, attn_mask):
+        seen.append((q, attn_mask))
+        return plain(q, k, v, attn_mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    for positions in ("shared", "block"):
+        with torch.autocast("cpu", torch.bfloat16):
+            tiny_vit(positions=positions)(pixels(2, 3, *size))
+    assert len(seen) >= 4
+    for q, bias in seen:
+        assert bias.stride(-1) == 1
+        assert bias.dtype == q.dtype == torch.bfloat16
+
+
+def test_another_image_size_compiles(monkeypatch):
+    """Without the search for its positions, which takes Dynamo minutes to trace."""
+    vit = tiny_vit()
+    images = pixels(1, 3, 64, 96)
+    found = {new: offset_weights(4, new) for new in (16, 24)}
+    compiling = []
+
+    def watched(old, new):
+        compiling.append(torch.compiler.is_compiling())
+        return found[new]
+
+    monkeypatch.setattr(model, "offset_weights", watched)
+    compiled = torch.compile(vit, backend="eager")(images)
+    assert compiling and not any(compiling)
+    assert torch.allclose(compiled, vit(images), atol=1e-6)
+
+
+def test_position_bias_interpolation():
+    own = table(4)
+    assert torch.equal(resize_bias_table(own, 4, 4), own)               # the same size
+    for h, w in ((3, 3), (7, 7), (5, 9), (3, 6), (6, 2), (1, 41)):
+        rows = (2 * h - 1) * (2 * w - 1) + 3
+        resized = resize_bias_table(own, h, w)
+        assert resized.shape == (rows, 2)
+        assert torch.equal(resized[-3:], own[-3:])                      # the class token's
+        constant = resize_bias_table(torch.full_like(own, 0.7), h, w)
+        assert torch.allclose(constant, torch.full_like(constant, 0.7), atol=1e-6)
+        symmetric = torch.cat([own[:-3] + own[:-3].flip(0), own[-3:]])  # (dy, dx) as (−dy, −dx)
+        resized = resize_bias_table(symmetric, h, w)[:-3]
+        assert torch.allclose(resized, resized.flip(0), atol=1e-5)
+        old = own[:-3].view(7, 7, 2)
+        new = resize_bias_table(own, h, w)[:-3].view(2 * h - 1, 2 * w - 1, 2)
+        assert torch.allclose(new[h - 1, w - 1], old[3, 3], atol=1e-5)  # distance 0 stays 0
+        if h > 1 and w > 1:
+            assert torch.allclose(new[h:h + 1, w - 2], old[4:5, 2], atol=1e-5)      # and 1 stays 1
+        if h >= 4 and w >= 4:                               # the farthest the farthest
+            corners = [0, 0, -1], [0, -1, -1]
+            assert torch.allclose(new[corners], old[corners], atol=1e-4)
+
+
+def test_places_of_old_offsets_are_a_geometric_sequence():
+    """From 4 patches to 9: 3 offsets a side that end at 8: 1, 1 + q, 1 + q + q², so q² + q = 7."""
+    q = (29 ** 0.5 - 1) / 2
+    weights = offset_weights(4, 9)                                              # of targets −8…8
+    places = [0, 1, 1 + q, 1 + q + q * q]
+    for target, old in ((0, 0), (1, 1), (8, 3)):
+        assert target == pytest.approx(places[old])
+        assert weights[8 + target, 3 + old] == pytest.approx(1, abs=1e-5)
+    inside = (2 - 1) / q                                    # 2 lies between 1 and 1 + q
+    assert weights[10, 4:6].tolist() == pytest.approx([1 - inside, inside], abs=1e-5)
+    assert np.allclose(weights.sum(1), 1)
+    assert np.array_equal(weights, weights[::-1, ::-1])
+    assert np.array_equal(offset_weights(4, 2), np.eye(7)[2:5])         # smaller: the far ones go
+
+
+@pytest.mark.parametrize("positions", ["shared", "block"])
+def test_interpolated_bias_keeps_its_axes(positions):
+    """A bias that depends on the row's distance alone still does on a grid of another shape."""
+    vit = tiny_vit(positions=positions)
+    module = vit.rel_pos_bias if positions == "shared" else vit.blocks[0].attn
+    own = module.relative_position_bias_table
+    side = 2 * vit.grid - 1
+    with torch.no_grad():
+        own[:-3] = torch.arange(side).repeat_interleave(side)[:, None].float()
+    bias = position_bias(own, Grid(3, 6, relative_position_index(3, 6)))
+    bias = bias[0, 0, 1:, 1:].view(3, 6, 3, 6)              # query row, column; key row, column
+    assert torch.allclose(bias, bias[:, :1, :, :1].expand_as(bias), atol=1e-5)
+    rows = bias[:, 0, :, 0]
+    assert (rows[1:] > rows[:-1]).all()
+    assert (rows[:, 1:] < rows[:, :-1]).all()
+
+
+# ------------------------------------------------------------------------------------------------
+# Absolute positions
+
+def test_sine_cosine_positions():
+    """MoCo v3's: the first half of the channels tells the patch's row, the second its column."""
+    grid, dim = 3, 16
+    positions = sincos_positions(grid, dim)
+    assert positions.shape == (1, 10, dim)
+    assert (positions[0, 0] == 0).all()
+    for patch in range(grid * grid):
+        row, column = divmod(patch, grid)
+        for i in range(dim // 4):
+            omega = 1 / 10000 ** (i / (dim // 4))
+            expected = [math.sin(row * omega), math.cos(row * omega),
+                        math.sin(column * omega), math.cos(column * omega)]
+            assert np.allclose(positions[0, 1 + patch, i::dim // 4], expected, atol=1e-6)
+
+
+def test_resized_positions_keep_rows_and_class_token():
+    rows = torch.arange(4.0).repeat_interleave(4)[None, :, None]
+    resized = resize_positions(torch.cat([torch.full((1, 1, 1), -9.0), rows], 1), 3, 5)
+    assert resized.shape == (1, 16, 1)
+    assert resized[0, 0] == -9
+    grid = resized[0, 1:, 0].view(3, 5)
+    assert torch.allclose(grid, grid[:, :1].expand(3, 5), atol=1e-5)    # constant along a row
+    assert (grid[1:] > grid[:-1]).all()
+
+
+# ------------------------------------------------------------------------------------------------
+# Images of any size, features
+
+@pytest.mark.parametrize("positions", ["shared", "block", "absolute"])
+def test_images_of_any_size(positions):
+    """Positions interpolated; whole patches by padding with grey, which is 0."""
+    vit = tiny_vit(positions=positions)
+    images = pixels(2, 3, 13, 22)
+    features = vit.features(images, [1, 2])
+    assert [f.shape for f in features] == [(2, 32, 4, 6)] * 2
+    padded = F.pad(images, (0, 2, 0, 3))
+    assert torch.equal(vit.features(padded, [2])[0], features[1])
+
+
+def test_patch_14():
+    vit = VisionTransformer(image_size=224, patch_size=14, dim=32, depth=1, heads=2, codes=8)
+    mask = torch.zeros(1, 16, 16, dtype=torch.bool)
+    mask[0, 3:5] = True
+    assert vit.grid == 16
+    assert vit(pixels(1, 3, 224, 224), mask).shape == (32, 8)
+    with pytest.raises(ValueError, match="image size 225 is no multiple of patch size 14: try 224"):
+        VisionTransformer(image_size=225, patch_size=14, dim=32, depth=1, heads=2)
+
+
+def test_features_are_patch_maps_after_the_named_blocks():
+    vit = tiny_vit(depth=3)
+    x = pixels(2, 3, 16, 16)
+    tokens = vit.tokens(x, [1, 2, 3])
+    assert torch.equal(vit.norm(tokens[2]), vit(x))
+    for layers in ([1, 3], [3, 1], [2]):                    # in the order asked for
+        for layer, features in zip(layers, vit.features(x, layers), strict=True):
+            assert features.shape == (2, 32, 4, 4)
+            assert torch.equal(features[1, :, 2, 3], tokens[layer - 1][1, 1 + 2 * 4 + 3])
+
+
+def test_a_classifier_sees_the_mean_of_the_patches():
+    for positions in ("block", "absolute"):
+        vit = tiny_vit(positions=positions, classes=3)
+        x = pixels(2, 3, 16, 16)
+        patches = vit.tokens(x, [2])[0][:, 1:]
+        mean = sum(patches[:, i] for i in range(16)) / 16
+        assert torch.allclose(vit(x), vit.head(vit.fc_norm(mean)), atol=1e-5)
+
+
+def test_pyramid_of_a_vit():
+    """Strides p/4 to 2p, after blocks 4, 6, 8 and 12 of 12 and in that proportion."""
+    pyramid = ViTPyramid(tiny_vit(depth=4))
+    assert pyramid.layers == [1, 2, 3, 4]
+    assert [tuple(f.shape) for f in pyramid(pixels(2, 3, 12, 22))] == [
+        (2, 32, 12, 24), (2, 32, 6, 12), (2, 32, 3, 6), (2, 32, 2, 3)]
+    assert ViTPyramid(tiny_vit(depth=12)).layers == [4, 6, 8, 12]
+    assert ViTPyramid(tiny_vit(depth=24)).layers == [8, 12, 16, 24]
+    images = pixels(1, 3, 16, 16)
+    third, fourth = pyramid.vit.features(images, [3, 4])
+    assert torch.equal(pyramid(images)[2], third)
+    assert torch.equal(pyramid(images)[3], F.max_pool2d(fourth, 2))
+
+
+# ------------------------------------------------------------------------------------------------
+# In training
+
+@pytest.mark.parametrize("positions", ["shared", "block"])
+def test_activation_checkpointing_gives_the_same_gradients(positions):
+    vit = tiny_vit(positions=positions, classes=3).train()
+    x = pixels(2, 3, 16, 16)
+    gradients = []
+    for vit.checkpoint_activations in (False, True):
+        vit.zero_grad()
+        vit(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in vit.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(g.abs().sum() > 0 for g in gradients[0])
+
+
+def test_drop_path_rises_to_the_last_block():
+    vit = VisionTransformer(16, 4, dim=32, depth=3, heads=2, drop_path=0.2)
+    assert [block.drop_path.p for block in vit.blocks] == [0.0, 0.1, 0.2]
+
+
+def test_initial_weights_shrink_with_depth():
+    torch.manual_seed(0)
+    vit = VisionTransformer(16, 4, dim=64, depth=4, heads=2, classes=10)
+    std = 0.5397 * 0.02                 # of a normal distribution cut off at its own σ = 0.02
+    for i, block in enumerate(vit.blocks, 1):
+        assert math.isclose(block.attn.qkv.weight.std().item(), std, rel_tol=0.05)
+        assert block.attn.qkv.weight.abs().max() <= 0.02
+        for layer in (block.attn.proj, block.mlp.fc2):
+            expected = std / math.sqrt(2 * i)
+            assert math.isclose(layer.weight.std().item(), expected, rel_tol=0.05)
+    assert vit.head.weight.std() < 1e-4
+
+
+def test_param_groups_by_hand():
+    vit = VisionTransformer(16, 4, dim=32, depth=4, heads=2, positions="block", classes=3)
+    groups = param_groups(vit, 0.05, 0.5)
+    found = {}
+    for group in groups:
+        for name, _ in group["params"]:
+            found[name] = (group["lr_scale"], group["weight_decay"])
+    assert sum(len(group["params"]) for group in groups) == len(found)      # each once
+    assert set(found) == {name for name, _ in vit.named_parameters()}
+    scales = {"cls_token": 1 / 32, "patch_embed": 1 / 32, "blocks.0": 1 / 16, "blocks.1": 1 / 8,
+              "blocks.2": 1 / 4, "blocks.3": 1 / 2, "fc_norm": 1.0, "head": 1.0}
+    decayed = ("patch_embed.proj.weight", "qkv.weight", "attn.proj.weight", "fc1.weight",
+               "fc2.weight", "head.weight", "relative_position_bias_table")
+    for name, (scale, decay) in found.items():
+        prefix = next(p for p in scales if name.startswith(p))
+        assert (name, scale) == (name, scales[prefix])
+        assert (name, decay) == (name, 0.05 if name.endswith(decayed) else 0.0)
+
+
+def test_param_groups_of_pretraining():
+    vit = tiny_vit(codes=8)
+    vit.patch_embed.requires_grad_(False)
+    found = {}
+    for group in param_groups(vit, 0.05, 0.5):
+        for name, _ in group["params"]:
+            found[name] = group
+    trained = {name for name, _ in vit.named_parameters() if not name.startswith("patch_embed")}
+    assert set(found) == trained
+    assert found["rel_pos_bias.relative_position_bias_table"]["lr_scale"] == 1.0
+    assert found["mask_token"]["lr_scale"] == 0.125
+    assert found["cls_token"]["weight_decay"] == 0.0
+    assert found["lm_head.weight"]["weight_decay"] == 0.05
+    assert found["norm.weight"]["weight_decay"] == 0.0
+    assert all(group["lr_scale"] == 1 for group in param_groups(vit, 0.05))     # no layer decay
+
+
+# ------------------------------------------------------------------------------------------------
+# timm's networks, by their weights' names
+
+@pytest.mark.parametrize("positions", ["block", "shared"])
+def test_our_vit_is_timms_beit(positions):
+    pytest.importorskip("timm", reason="timm, an independent BEiT, is not installed")
+    from timm.models.beit import Beit
+    arguments = dict(dim=64, depth=2, heads=2, positions=positions, classes=7)
+    ours = randomize(VisionTransformer(32, 4, **arguments)).eval()
+    theirs = Beit(
+        img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=2, init_values=0.1,
+        num_classes=7, use_abs_pos_emb=False, use_rel_pos_bias=positions == "block",
+        use_shared_rel_pos_bias=positions == "shared").eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = pixels(2, 3, 32, 32)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+    # and back: a fresh one of ours takes timm's file
+    fresh = VisionTransformer(32, 4, **arguments).eval()
+    load_backbone(fresh, randomize(theirs, seed=1).state_dict())
+    assert torch.allclose(fresh(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+def test_our_plain_vit_is_timms():
+    pytest.importorskip("timm", reason="timm, an independent ViT, is not installed")
+    from timm.models.vision_transformer import VisionTransformer as Theirs
+    plain = dict(positions="absolute", layer_scale=0.0)
+    ours = tiny_vit(image_size=32, **plain, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    theirs = Theirs(
+        img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = pixels(2, 3, 32, 32)
+    mean, std = statistics()
+    tokens = theirs.forward_features(((x + 1) / 2 - mean) / std)
+    assert torch.allclose(ours(x), tokens, atol=1e-5, rtol=1e-5)
+    # classified by the patches' mean
+    classifier = tiny_vit(image_size=32, **plain, classes=3)
+    theirs = Theirs(
+        img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=3,
+        global_pool="avg", fc_norm=True).eval()
+    theirs.load_state_dict(classifier.state_dict(), strict=True)
+    assert torch.allclose(classifier(x), theirs(x), atol=1e-5, rtol=1e-5)
