@@ -87,7 +87,7 @@ def uniform(u, low, high):
 
 
 class ToPixels(Transform):
-    """The range of data.to_pixels: [0, 1] → [-1, 1]."""
+    """The range of transforms.to_pixels: [0, 1] → [-1, 1]."""
 
     def __call__(self, x):
         return 2 * x - 1

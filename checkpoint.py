@@ -3,16 +3,16 @@
 Plain, so that torch.load(weights_only=True) takes it and nothing in it is ever executed. With a
 digest, since torch.load does not notice a flipped bit or a block of zeros.
 """
+import argparse
 import contextlib
 import hashlib
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 
-from runtime import InputError
+from runtime import InputError, warn
 
 
 def digest(value):
@@ -76,7 +76,7 @@ def load(path, stages=None):
             state = load_sound(file)
         except Exception as error:            # torch.load raises all kinds on a bad or hostile file
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            print(f"{file}: not loaded: {reason}", file=sys.stderr)
+            warn(f"{file}: not loaded: {reason}")
             continue
         stage = state.get("stage") if "digest" in state else None
         if stages and stage not in stages:
@@ -87,7 +87,8 @@ def load(path, stages=None):
 
 
 def load_sound(file):
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals([argparse.Namespace]):        # beside others' weights
+        state = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise ValueError(f"it holds a {type(state).__name__}")
     if "digest" in state:

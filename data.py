@@ -1,4 +1,4 @@
-"""What goes in: datasets, transforms, samplers, loaders. Knows nothing of models.
+"""What goes in: datasets, samplers, loaders. Knows nothing of models.
 
 Every image comes out as float32 (3, H, W) with pixels in [-1, 1]. All randomness of a sample, its
 augmentation and its mask, is seeded by (seed, epoch, index): it depends neither on the number of
@@ -7,7 +7,6 @@ workers or ranks, nor on where a run was stopped and resumed.
 import os
 import random
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,12 @@ import torch.distributed as dist
 import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import v2 as T
 
-import augment
 import runtime
+from augment import to_bytes
 from runtime import InputError, derive_seed, rank, world_size
 from scenes import Synthetic, synthetic_number
+from transforms import Joint, to_rgb
 
 LAYOUT = "synthetic[:IMAGES], cifar10, cifar100, or a folder with train/ and val/, a folder a class"
 CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
@@ -114,118 +112,6 @@ def label_subset(targets, fraction, seed):
 
 
 # ------------------------------------------------------------------------------------------------
-# Transforms: PIL image → float32 (3, H, W) in [-1, 1]. Each is written once, for both forms of
-# --augment: augment's steps have the names and arguments of torchvision's.
-
-BICUBIC = InterpolationMode.BICUBIC                         # BEiT's
-
-
-def to_rgb(image):
-    """A decoded RGB image of a PIL image of any mode."""
-    image.load()
-    if image.mode.startswith("I"):                          # 16 bits: PIL would clip them at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def to_pixels(image, *target):
-    """Where pixels get their range: PIL image → float32 (3, H, W), [0, 255] → [-1, 1]."""
-    pixels = T.functional.pil_to_tensor(image).float() / 127.5 - 1
-    return (pixels, *target) if target else pixels
-
-
-class Each(T.Compose):
-    """--augment image: each image by itself, in a worker. augment.Batch is the other form.
-
-    The steps, then to_pixels, then what is applied to pixels.
-    """
-
-    def __init__(self, steps, on_pixels=()):
-        super().__init__([*steps, to_pixels, *on_pixels])
-
-    @staticmethod
-    def finish(batch):
-        return batch
-
-
-class Joint(Each):
-    """The same for (PIL image, target), both under the same draws."""
-
-
-FORMS = {"image": (T, Each), "batch": (augment, augment.Batch)}
-
-
-def pretrain_transform(size, crop_min=0.08, jitter=0.4, form="image"):
-    """BEiT's: colour jitter, random resized crop, flip."""
-    t, compose = FORMS[form]
-    steps = [
-        t.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC),
-        t.RandomHorizontalFlip(),
-    ]
-    if jitter:
-        # First, as in BEiT. Form "batch" crops images of another size before it, in the worker:
-        # there contrast is about the mean of the crop.
-        steps.insert(0, t.ColorJitter(jitter, jitter, jitter))
-    return compose(steps)
-
-
-def tokenizer_transform(size, crop_min=0.08, form="image"):
-    """Random resized crop and flip; our choice, the paper is silent."""
-    t, compose = FORMS[form]
-    crop = t.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC)
-    return compose([crop, t.RandomHorizontalFlip()])
-
-
-def teacher_transform(size, crop_min=0.08, form="image"):
-    """MoCo v3's two views: BYOL's (its appendix B), with a crop of at least 8 %, bilinear.
-
-    Returns two transforms. The blur's kernel is a tenth of the image, as there; below 64 px there
-    is no blur (our choice).
-    """
-    t, compose = FORMS[form]
-    kernel = int(0.1 * size) // 2 * 2 + 1                   # odd
-
-    def view(blur, solarize):
-        steps = [
-            t.RandomResizedCrop(size, (crop_min, 1)),
-            t.RandomApply([t.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-            t.RandomGrayscale(0.2),
-        ]
-        if size >= 64:
-            steps.append(t.RandomApply([t.GaussianBlur(kernel, (0.1, 2.0))], p=blur))
-        steps.append(t.RandomSolarize(128, p=solarize))
-        steps.append(t.RandomHorizontalFlip())
-        return compose(steps)
-
-    return view(blur=1.0, solarize=0.0), view(blur=0.1, solarize=0.2)
-
-
-def finetune_transform(size, crop_min=0.08, magnitude=27, erasing=0.25, form="image"):
-    """BEiT's: random resized crop, flip, RandAugment, random erasing by noise.
-
-    Its RandAugment is timm's: two operations, each with probability ½, at magnitude 9 of 10. Here
-    they are torchvision's, at `magnitude` of 30, without timm's noise of 0.5 on the magnitude.
-    """
-    t, compose = FORMS[form]
-    steps = [
-        t.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC),
-        t.RandomHorizontalFlip(),
-    ]
-    if magnitude:
-        operation = t.RandAugment(1, magnitude, interpolation=BICUBIC, fill=[128] * 3)
-        steps.append(t.RandomApply([operation]))
-        steps.append(t.RandomApply([operation]))
-    if erasing:
-        return compose(steps, on_pixels=[t.RandomErasing(erasing, value="random")])
-    return compose(steps)
-
-
-def eval_transform(size, crop=0.875):
-    """The shorter side to size / crop, then the centre; crop = 1 if images come at their size."""
-    return T.Compose([to_rgb, T.Resize(round(size / crop), BICUBIC), T.CenterCrop(size), to_pixels])
-
-
-# ------------------------------------------------------------------------------------------------
 # Samples
 
 class ImageInputError(InputError):
@@ -289,7 +175,7 @@ class Samples(Dataset):
         if not self.bad[index]:
             self.bad[index] = True
             number = int(self.bad.sum())
-            print(f"{error}; skipped, {number} of at most {self.skip}", file=sys.stderr)
+            runtime.warn(f"{error}; skipped, {number} of at most {self.skip}")
         if self.bad.sum() > min(self.skip, len(self.indices) - 1):
             raise InputError(f"{error}: more than --skip-bad-images {self.skip}") from error
 
@@ -308,7 +194,7 @@ def hold_small_images(samples, args):
             for index in samples.indices:                   # forked workers share them
                 image, label = samples.read(0, index)
                 if image.size == size:
-                    image = augment.to_bytes(image)
+                    image = to_bytes(image)
                 samples.held[index] = image, label
 
 
@@ -400,7 +286,7 @@ def make_loader(samples, batches, workers, collate=None):
 def start_worker(worker):
     torch.set_num_threads(1)
     # torchrun and Ctrl-C signal every process: a worker that died of it would cost the checkpoint.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in runtime.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -30,11 +30,12 @@ import checkpoint
 import data
 import logbook
 import runtime
+import transforms
+import weights
 from logbook import Run
-from model import SIZES, VisionTransformer, ViTPyramid, param_groups
+from model import VisionTransformer, ViTPyramid, param_groups
 from runtime import InputError
 from scenes import Scenes, instances, palette, synthetic_number
-from weights import transfer
 
 try:
     from pycocotools import mask as rle
@@ -87,22 +88,11 @@ PICTURES = 8                    # validation images drawn at each evaluation; ou
 
 def get_args(argv=None):
     p = runtime.parser("detect", __doc__)
-    p.add_argument("--init",
-                   help="what to begin from: run or checkpoint of pretrain.py, teacher.py or "
-                        "finetune.py, a file of BEiT's, timm's or MoCo v3's, or none: from "
-                        "scratch; with --eval: a run of detect.py")
     p.add_argument("--eval", action="store_true", help="only evaluate --init")
     p.add_argument("--min-size", type=int,
                    help="smallest shorter side in training, pixels: it is drawn from there to "
                         "--image-size, which is evaluation's, in steps of 32")
     p.add_argument("--max-size", type=int, help="largest longer side, pixels")
-    p.add_argument("--model", choices=SIZES, help="size of the ViT, where --init does not say")
-    p.add_argument("--patch-size", type=int,
-                   help="side of a patch, pixels, where --init does not say")
-    p.add_argument("--drop-path", type=float,
-                   help="rate of the last block, rising from 0 at the first")
-    p.add_argument("--layer-scale", type=float,
-                   help="initial value, where --init does not say; 0: no layer scale")
     p.add_argument("--channels", type=int, help="channels of the feature pyramid and the heads")
     p.add_argument("--boxes", type=int, help="boxes sampled of an image in training, to classify")
     p.add_argument("--betas", type=float, nargs=2, help="AdamW's β₁ and β₂")
@@ -110,8 +100,7 @@ def get_args(argv=None):
     p.add_argument("--layer-decay", type=float,
                    help="factor of the lr from one block to the one before it")
     p.add_argument("--warmup-steps", type=int, help="steps of linear warm-up of the lr")
-    p.add_argument("--checkpoint-activations", action="store_true",
-                   help="recompute blocks in the backward pass: less memory, a third more time")
+    weights.add_arguments(p, also="none: from scratch; with --eval: a run of detect.py")
     layout = "synthetic[:IMAGES], or a folder in COCO's layout: train2017/, val2017/, annotations/"
     data.add_arguments(p, layout=layout, augment=False)
     return runtime.parse(p, RECIPES, argv)
@@ -195,7 +184,7 @@ def transform(train):
     steps = [T.ClampBoundingBoxes(), T.SanitizeBoundingBoxes(), T.ToPureTensor()]
     if train:
         steps.insert(0, T.RandomHorizontalFlip())
-    return data.Joint(steps)
+    return transforms.Joint(steps)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -257,14 +246,9 @@ def build(args, classes, state):
 
     classes: number of them.
     """
-    arguments = dict(
-        SIZES[args.model], patch_size=args.patch_size, layer_scale=args.layer_scale,
-        positions="block")                                  # a bias for each block [BEiT]
-    patch = state.get("model_args", arguments).get("patch_size", args.patch_size)
-    vit, vit_args, _ = transfer(
-        f"--init {args.init}", state, arguments,
-        image_size=math.ceil(args.image_size / patch) * patch, drop_path=args.drop_path, classes=0)
-    vit.checkpoint_activations = args.checkpoint_activations
+    patch = state.get("model_args", {}).get("patch_size", args.patch_size)
+    whole = math.ceil(args.image_size / patch) * patch      # pixels, a multiple of the patches'
+    vit, vit_args, _ = weights.begin(args, state, whole)
     rest = dict(classes=classes, channels=args.channels, boxes=args.boxes, **sides(args))
     return mask_rcnn(vit, **rest), dict(vit=vit_args, **rest)
 

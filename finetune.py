@@ -17,9 +17,10 @@ import checkpoint
 import data
 import logbook
 import runtime
+import transforms
+import weights
 from logbook import Run
-from model import SIZES, param_groups
-from weights import transfer
+from model import param_groups
 
 PAPER = dict(
     data="data/imagenet",       # ImageNet-1K [PeCo]
@@ -102,9 +103,6 @@ HOLDOUT_SEED = 1_000_000        # one split for every --seed, and not that of th
 
 def get_args(argv=None):
     p = runtime.parser("finetune", __doc__)
-    p.add_argument("--init",
-                   help="what to begin from: run or checkpoint of pretrain.py, teacher.py or "
-                        "finetune.py, a file of BEiT's, timm's or MoCo v3's, or none: from scratch")
     p.add_argument("--eval", action="store_true", help="only evaluate --init, a fine-tuned model")
     p.add_argument("--probe", choices=["linear", "knn"],
                    help="only classify the frozen features of --init")
@@ -115,13 +113,6 @@ def get_args(argv=None):
     p.add_argument("--holdout", type=float, default=0.0,
                    help="share of the training images kept out of training and evaluated in place "
                         "of val/: to choose hyper-parameters by, 0 to 1")
-    p.add_argument("--model", choices=SIZES, help="size of the ViT, where --init does not say")
-    p.add_argument("--patch-size", type=int,
-                   help="side of a patch, pixels, where --init does not say")
-    p.add_argument("--drop-path", type=float,
-                   help="rate of the last block, rising from 0 at the first")
-    p.add_argument("--layer-scale", type=float,
-                   help="initial value, where --init does not say; 0: no layer scale")
     p.add_argument("--randaugment", type=int, help="magnitude of RandAugment, 0 (none) to 30")
     p.add_argument("--erasing", type=float, help="probability of random erasing, 0 to 1")
     p.add_argument("--mixup", type=float, help="α of mixup; 0: no mixup")
@@ -135,8 +126,7 @@ def get_args(argv=None):
     p.add_argument("--ema-decay", type=float, default=0.0,
                    help="decay of averaged weights, which are then evaluated; 0: none")
     p.add_argument("--eval-crop", type=float, help="centre crop in evaluation, share of the side")
-    p.add_argument("--checkpoint-activations", action="store_true",
-                   help="recompute blocks in the backward pass: less memory, a third more time")
+    weights.add_arguments(p)
     data.add_arguments(p)
     return runtime.parse(p, RECIPES, argv)
 
@@ -146,17 +136,11 @@ def build(args, classes, state):
 
     classes: number of them; 0: features alone.
     """
-    arguments = dict(
-        SIZES[args.model], patch_size=args.patch_size, layer_scale=args.layer_scale,
-        positions="block")                                  # a bias for each block [BEiT]
-    model, model_args, missing = transfer(
-        f"--init {args.init}", state, arguments,
-        image_size=args.image_size, drop_path=args.drop_path, classes=classes)
+    model, model_args, missing = weights.begin(args, state, args.image_size, classes)
     if args.eval and missing:
         raise runtime.InputError(
             f"--init {args.init}: no classifier of {classes} classes in it (it lacks "
             f"{', '.join(missing[:3])}): fine-tune it first, or name a run that was")
-    model.checkpoint_activations = args.checkpoint_activations
     return model, model_args
 
 
@@ -164,7 +148,7 @@ def build(args, classes, state):
 # Evaluation
 
 def val_loader(args, dataset, indices=None):
-    transform = data.eval_transform(args.image_size, args.eval_crop)
+    transform = transforms.evaluation(args.image_size, args.eval_crop)
     return data.eval_loader(dataset, transform, runtime.micro_batch(args), args.workers, indices)
 
 
@@ -305,7 +289,7 @@ def main(args):
 
     # The run: a new one, or from where it stopped
     run = Run(args, len(indices), optimizer, model_args, modules)
-    transform = data.finetune_transform(
+    transform = transforms.finetune(
         args.image_size, args.crop_min, args.randaugment, args.erasing, args.augment)
     loader = data.TrainLoader(dataset, transform, args, run.start, run.steps, device, indices)
     mix = mixer(args, classes)

@@ -144,8 +144,8 @@ class Run:
             if dist.is_initialized():
                 dist.barrier()                              # the file is whole before any rank ends
             if rank() == 0:
-                print(f"stopped at step {step} of {self.steps}: the same command goes on from "
-                      f"{checkpoint.files(self.folder)[0]}", file=sys.stderr)
+                runtime.warn(f"stopped at step {step} of {self.steps}: the same command goes on "
+                             f"from {checkpoint.files(self.folder)[0]}")
             sys.exit(128 + self.signal)
         self.clock = time.time()
 
@@ -294,7 +294,7 @@ def lock(folder):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            print(f"{folder}: not locked against a second run ({error.strerror})", file=sys.stderr)
+            runtime.warn(f"{folder}: not locked against a second run ({error.strerror})")
             return
         raise InputError(f"--output {folder}: a run that is still alive writes there; stop it "
                          "(ranks may outlive their torchrun) or choose another") from error
@@ -315,7 +315,7 @@ def append(folder, /, **row):
     if "args" not in row:
         shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                  for key, value in row.items())
-        print("  ".join(shown), flush=True)
+        runtime.say("  ".join(shown))
 
 
 def report(args, row, **context):

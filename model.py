@@ -1,15 +1,14 @@
-"""What the paper defines: the ViT, block-wise masking, the VQ tokenizer, the perceptual loss.
+"""The Vision Transformer, its masks, and the networks made of it: what stages 2 and 3 train.
 
-Nothing here knows of files, data sets, losses' weights or schedules. Two things of training live
-with the network that they belong to: the optimizer's groups (param_groups), and the codebook, which
-is learned by moving averages over all ranks and not by a gradient (Quantizer.update).
+The perceptual codebook of stage 1 is in codebook.py. Nothing here knows of files, datasets or
+schedules; of training only the optimizer's groups (param_groups).
 
-Papers: "PeCo" is arXiv 2111.12710, "BEiT" 2106.08254, "MoCo v3" 2104.02057, "VQ-VAE" 1711.00937,
-"VQGAN" 2012.09841, "LPIPS" 1801.03924. "Our choice" marks what none of them states.
+Papers: "PeCo" is arXiv 2111.12710, "BEiT" 2106.08254, "MoCo v3" 2104.02057, "MAE" 2111.06377. "Our
+choice" marks what none of them states.
 
 Shapes, at the right margin:
     B images    N patches = h·w, token 0 is the class token    D width    M masked patches
-    K codes of the codebook    R rows to quantize = B·h·w      C, H, W feature map
+    K codes of the codebook    V visible patches of an image   H, W pixels    h, w patches
 
 Conventions: pixels are in [-1, 1] (data.py makes them so); masks are True where a patch is masked;
 patches and codes run row by row from the top left.
@@ -21,14 +20,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import StochasticDepth
 
-from runtime import InputError, rank, world_size
+from runtime import InputError
 
 SIZES = {
     "nano": dict(dim=64, depth=4, heads=2),                 # our choice, for the demo
@@ -226,25 +223,27 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self):
-        """BEiT's: normal of std 0.02 cut off there, branches scaled down with depth, head × 0.001.
+        """MoCo v3's with absolute positions, else BEiT's.
 
-        With absolute positions MoCo v3's: Xavier's; queries, keys and values each by itself.
+        BEiT cuts its normal draws of std 0.02 off at ±0.02 in pre-training, at ±2 elsewhere, where
+        it also leaves the patch projection at PyTorch's default. Residual branches are scaled down
+        with depth, the classifier by 0.001.
         """
-        absolute = self.positions == "absolute"
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                if absolute:
-                    parts = 3 if name.endswith("qkv") else 1
-                    for weight in module.weight.flatten(1).chunk(parts):
-                        nn.init.xavier_uniform_(weight)
-                else:
-                    nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.cls_token, std=0.02, a=-0.02, b=0.02)
-        if self.mask_token is not None:
-            nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        if not absolute:
+        if self.positions == "absolute":
+            initialize_xavier(self)
+            nn.init.normal_(self.cls_token, std=1e-6)
+        else:
+            pre_training = self.lm_head is not None
+            cut = 0.02 if pre_training else 2.0
+            drawn = (nn.Linear, nn.Conv2d) if pre_training else nn.Linear
+            for module in self.modules():
+                if isinstance(module, drawn):
+                    nn.init.trunc_normal_(module.weight, std=0.02, a=-cut, b=cut)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+            nn.init.trunc_normal_(self.cls_token, std=0.02, a=-cut, b=cut)
+            if self.mask_token is not None:
+                nn.init.trunc_normal_(self.mask_token, std=0.02, a=-cut, b=cut)
             for i, block in enumerate(self.blocks, 1):
                 block.attn.proj.weight /= math.sqrt(2 * i)
                 block.mlp.fc2.weight /= math.sqrt(2 * i)
@@ -275,16 +274,34 @@ class VisionTransformer(nn.Module):
             return x, Grid(h, w, self.relative_position_index)
         return x, Grid(h, w, relative_position_index(h, w, x.device))
 
+    def visible_tokens(self, images, mask):
+        """Normalised tokens of what is not masked, for MAE: (B, 1+V, D), V visible patches each.
+
+        What is masked costs nothing after the patch embedding; every image must mask as many.
+        """
+        x, grid = self.embed(images)
+        visible = x[:, 1:][~mask.flatten(1)].unflatten(0, (len(x), -1))         # (B, V, D)
+        return self.encode(torch.cat([x[:, :1], visible], 1), grid)
+
+    def encode(self, x, grid):
+        """Tokens (B, ·, D) through all blocks and normalised, without a shared bias."""
+        for block in self.blocks:
+            x = self.run(block, x, grid)
+        return self.norm(x)
+
+    def run(self, block, *inputs):
+        """A block's output; with checkpoint_activations its activations are made again backward."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
     def tokens(self, images, layers, mask=None):
         """Tokens after the named blocks, counted from 1: list of (B, 1+N, D)."""
         x, grid = self.embed(images, mask)
         shared_bias = self.rel_pos_bias(grid) if self.rel_pos_bias is not None else None
         outputs = {}
         for layer, block in enumerate(self.blocks[:max(layers)], 1):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, grid, shared_bias, use_reentrant=False)
-            else:
-                x = block(x, grid, shared_bias)
+            x = self.run(block, x, grid, shared_bias)
             if layer in layers:
                 outputs[layer] = x
         return [outputs[layer] for layer in layers]
@@ -304,6 +321,23 @@ class VisionTransformer(nn.Module):
         return self.head(self.fc_norm(x[:, 1:].mean(1)))                        # (B, classes)
 
 
+def plain_blocks(dim, depth, heads, grid):
+    """Blocks of a plain ViT: no position bias, layer scale or drop path."""
+    return nn.ModuleList(Block(dim, heads, grid, "absolute", 0.0, 0.0) for _ in range(depth))
+
+
+@torch.no_grad()
+def initialize_xavier(network):
+    """MoCo v3's and MAE's: Xavier's; queries, keys and values each by itself; biases 0."""
+    for name, module in network.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            parts = 3 if name.endswith("qkv") else 1
+            for weight in module.weight.flatten(1).chunk(parts):
+                nn.init.xavier_uniform_(weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 def sincos_positions(grid, dim):
     """Fixed 2-D sine-cosine embedding (MoCo v3, sec. 4), 0 for the class token → (1, 1+N, D)."""
     omega = 10000.0 ** -(torch.arange(dim // 4) / (dim // 4))
@@ -312,6 +346,54 @@ def sincos_positions(grid, dim):
     x = x.flatten()[:, None] * omega                                            # (N, D/4)
     patches = torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], 1)  # (N, D), as in the official files
     return torch.cat([torch.zeros(1, dim), patches]).unsqueeze(0)
+
+
+class MaskedAutoencoder(nn.Module):
+    """PeCo_MAE (PeCo, Table 8): MAE's encoder and decoder (2111.06377) with codes as targets.
+
+    encoder: a VisionTransformer with absolute positions, which sees the visible patches only.
+    codes: K. dim, depth, heads: of the decoder; MAE's for ViT-B and larger.
+    forward: images (B, 3, H, W), mask (B, h, w) → logits of the masked patches (M, K).
+    """
+
+    def __init__(self, encoder, codes, dim=512, depth=8, heads=16):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = MaskedDecoder(encoder.cls_token.shape[-1], encoder.grid, codes, dim, depth,
+                                     heads)
+
+    def forward(self, images, mask):
+        return self.decoder(self.encoder.visible_tokens(images, mask), mask)
+
+
+class MaskedDecoder(nn.Module):
+    """Tokens of what is visible (B, 1+V, width) and a mask (B, h, w) → logits (M, K)."""
+
+    def __init__(self, width, grid, codes, dim, depth, heads):
+        super().__init__()
+        self.embed = nn.Linear(width, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("pos_embed", sincos_positions(grid, dim))          # (1, 1+N, dim)
+        self.blocks = plain_blocks(dim, depth, heads, grid)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, codes)
+        initialize_xavier(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, x, mask):
+        x = self.embed(x)                                                       # (B, 1+V, dim)
+        mask = mask.flatten(1)                                                  # (B, N)
+        patches = self.mask_token.to(x.dtype).repeat(*mask.shape, 1)            # (B, N, dim)
+        patches[~mask] = x[:, 1:].flatten(0, 1)
+        x = self.decode(torch.cat([x[:, :1], patches], 1))                      # (B, 1+N, dim)
+        return self.head(x[:, 1:][mask])                                        # (M, K)
+
+    def decode(self, x):
+        """Tokens (B, 1+N, dim) with their positions through all blocks, normalised."""
+        x = x + self.pos_embed
+        for block in self.blocks:
+            x = block(x, None)
+        return self.norm(x)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -456,291 +538,8 @@ def block_mask(grid, count, min_block=16, max_aspect=1 / 0.3):
     return torch.from_numpy(mask)
 
 
-# ------------------------------------------------------------------------------------------------
-# Vector quantization
-
-class Quantizer(nn.Module):
-    """Nearest-neighbour codebook in L2, learned by exponential moving averages (PeCo, Eq. 1–3, 5).
-
-    The codebook term ‖sg[Enc(x)] − e‖² of Eq. 3 is in no loss: the moving averages realise it
-    (VQ-VAE, appendix A.1; PeCo's default). Everything is in fp32 whatever the autocast: distances
-    in half precision find wrong neighbours.
-
-    In training, forward only gathers the batch's vectors. update(), called where the optimizer
-    steps, moves the codebook by those of the global batch, the same way on all ranks.
-
-    size: K; dim: D of a code; decay: γ of the averages, a step; revive: a code whose average use
-    falls below this share of the mean (our choice) starts anew at a random vector of the batch.
-    """
-
-    def __init__(self, size=8192, dim=256, decay=0.99, revive=0.01):
-        super().__init__()
-        self.decay, self.revive = decay, revive
-        self.register_buffer("codebook", torch.zeros(size, dim))                # e (K, D)
-        self.register_buffer("count", torch.zeros(size))                        # N: average of n
-        self.register_buffer("sum", torch.zeros(size, dim))                    # m: average of Σ z_e
-        self.gathered = []                                  # (vectors, codes) of each micro-batch
-
-    @torch.no_grad()
-    def nearest(self, z):
-        """Eq. 1: argmin_k ‖z − e_k‖² for rows z (R, D) → codes (R,)."""
-        norms = self.codebook.square().sum(1)                                   # ‖e‖² (K,)
-        codes = []
-        for rows in z.split(1024):                          # so that no R × K matrix is held
-            # ‖e‖² − 2 z·e: ‖z‖² is the same for all k
-            distances = torch.addmm(norms, rows, self.codebook.T, alpha=-2)     # (1024, K)
-            codes.append(distances.min(1).indices)
-        return torch.cat(codes)
-
-    def encode(self, z_e):
-        """z_e (B, D, h, w) → codes (B, h, w)."""
-        codes = self.nearest(rows_of(z_e))
-        return codes.view(len(z_e), *z_e.shape[2:])
-
-    def lookup(self, codes):
-        """Eq. 2: codes (B, h, w) → their vectors (B, D, h, w)."""
-        return F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
-
-    def forward(self, z_e):
-        """z_e (B, D, h, w) → z_q with a straight-through gradient, codes (B, h, w), L_commit."""
-        with torch.autocast(z_e.device.type, enabled=False):
-            z_e = z_e.to(self.codebook.dtype)
-            codes = self.encode(z_e)
-            if self.training:
-                self.gathered.append((rows_of(z_e.detach()), codes.flatten()))
-            e = self.lookup(codes)                                              # (B, D, h, w)
-            l_commit = F.mse_loss(z_e, e.detach())          # ‖sg[z_q] − Enc(x)‖², Eq. 3
-            z_q = z_e + (e - z_e).detach()                  # straight through: dz_q/dz_e = 1
-            return z_q, codes, l_commit
-
-    @torch.no_grad()
-    def initialize(self, generator):
-        """Codes := random vectors of the gathered global batch, each counted as used equally."""
-        vectors = self.gather()[0]                                              # (parts, R, D)
-        self.codebook.copy_(self.draw(vectors, len(self.codebook), generator))
-        self.count.fill_(vectors[..., 0].numel() * world_size() / len(self.count))
-        self.sum.copy_(self.codebook * self.count[:, None])
-
-    @torch.no_grad()
-    def update(self, generator):
-        """A step of the averages over the gathered global batch; generator: alike on all ranks."""
-        vectors, codes = self.gather()
-        n = torch.bincount(codes, minlength=len(self.count)).to(self.count.dtype)   # uses (K,)
-        total = torch.zeros_like(self.sum)                                          # Σ z_e (K, D)
-        total.index_add_(0, codes, vectors.flatten(0, 1))
-        if dist.is_initialized():
-            dist.all_reduce(n)
-            dist.all_reduce(total)
-        self.count.lerp_(n, 1 - self.decay)                 # N ← γN + (1 − γ)n
-        self.sum.lerp_(total, 1 - self.decay)               # m ← γm + (1 − γ)Σ z_e
-        mean = self.count.mean()
-        dead = self.count < self.revive * mean
-        if dead.any():                                      # as if used like the mean: with its old
-            self.sum[dead] = mean * self.draw(vectors, int(dead.sum()), generator)  # averages it
-            self.count[dead] = mean                         # would go back where it was
-        used = self.count[:, None] > 1e-30                  # without revival N and m end at 0
-        self.codebook.copy_(torch.where(used, self.sum / self.count[:, None], self.codebook))
-
-    def gather(self):
-        """This rank's vectors (micro-batches, R, D) and codes (all R,) since the last call."""
-        vectors = torch.stack([rows for rows, _ in self.gathered])
-        codes = torch.cat([codes for _, codes in self.gathered])
-        self.gathered.clear()
-        return vectors, codes
-
-    def draw(self, vectors, number, generator):
-        """Random rows of all ranks' vectors, the same on every rank → (number, D).
-
-        They are different ones, if there are as many. Drawn are places in the global batch, whose
-        order is micro-batch, rank, row: so the draw does not depend on the number of ranks.
-        """
-        micro_batches, rows, _ = vectors.shape
-        total = micro_batches * world_size() * rows
-        places = torch.randperm(total, generator=generator)[torch.arange(number) % total]
-        order = torch.arange(total).view(micro_batches, world_size(), rows)
-        own = order[:, rank()].flatten()                    # places of this rank's vectors
-        index_of = torch.full((total,), -1)
-        index_of[own] = torch.arange(len(own))
-        index = index_of[places].to(vectors.device)         # −1: another rank's
-        drawn = torch.where((index >= 0)[:, None], vectors.flatten(0, 1)[index.clamp(min=0)], 0.0)
-        if dist.is_initialized():
-            dist.all_reduce(drawn)
-        return drawn
-
-
-def rows_of(z_e):
-    """(B, D, h, w) → (R, D)"""
-    return z_e.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-# ------------------------------------------------------------------------------------------------
-# The tokenizer's encoder and decoder: two residual blocks at each resolution, one self-attention
-# block at the lowest; GroupNorm as in VQGAN (PeCo, "Pre-training Details").
-
-def norm_act(channels):
-    return nn.Sequential(nn.GroupNorm(channels // 16, channels), nn.SiLU())
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.body = nn.Sequential(
-            norm_act(inputs), nn.Conv2d(inputs, outputs, 3, padding=1),
-            norm_act(outputs), nn.Conv2d(outputs, outputs, 3, padding=1))
-        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
-
-    def forward(self, x):
-        return self.skip(x) + self.body(x)
-
-
-class AttentionBlock(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.norm = nn.GroupNorm(channels // 16, channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x):
-        qkv = self.qkv(self.norm(x)).flatten(2).mT.unsqueeze(1)                 # (B, 1, h·w, 3·C)
-        q, k, v = qkv.chunk(3, -1)
-        y = F.scaled_dot_product_attention(q, k, v)                             # (B, 1, h·w, C)
-        return x + self.proj(y.squeeze(1).mT.reshape(x.shape))
-
-
-class Encoder(nn.Sequential):
-    """Images (B, 3, H, W) → z_e (B, D, H/s, W/s), s = 2^(len(channels) − 1)."""
-
-    def __init__(self, channels, dim):
-        layers, width = [nn.Conv2d(3, channels[0], 3, padding=1)], channels[0]
-        for level, outputs in enumerate(channels):
-            if level > 0:
-                layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
-            layers += [ResidualBlock(width, outputs), ResidualBlock(outputs, outputs)]
-            width = outputs
-        layers += [AttentionBlock(width), norm_act(width), nn.Conv2d(width, dim, 1)]
-        super().__init__(*layers)
-
-
-class Decoder(nn.Sequential):
-    """z_q (B, D, h, w) → images (B, 3, h·s, w·s): the encoder in reverse."""
-
-    def __init__(self, channels, dim):
-        width = channels[-1]
-        layers = [nn.Conv2d(dim, width, 1), AttentionBlock(width)]
-        for level, outputs in enumerate(reversed(channels)):
-            if level > 0:
-                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)]
-            layers += [ResidualBlock(width, outputs), ResidualBlock(outputs, outputs)]
-            width = outputs
-        layers += [norm_act(width), nn.Conv2d(width, 3, 3, padding=1)]
-        super().__init__(*layers)
-
-
-class VQTokenizer(nn.Module):
-    """The perceptual codebook: image → codes → image (PeCo, "Learning the PeCo").
-
-    image_size: of its training, pixels (any other works too); channels: of each resolution, the
-    first at full size, each next one at half: the stride of the codes is 2^(len(channels) − 1).
-    """
-
-    def __init__(self, image_size=224, channels=(32, 64, 128, 256, 256), codebook_size=8192,
-                 code_dim=256, decay=0.99, revive=0.01):
-        super().__init__()
-        self.image_size, self.stride = image_size, 2 ** (len(channels) - 1)
-        if image_size % self.stride:
-            raise InputError(f"image size {image_size} is no multiple of the tokenizer's stride "
-                             f"{self.stride}")
-        if any(c % 16 for c in channels):
-            raise InputError(f"channels {list(channels)} must be multiples of 16")
-        self.encoder = Encoder(channels, code_dim)
-        self.quantizer = Quantizer(codebook_size, code_dim, decay, revive)
-        self.decoder = Decoder(channels, code_dim)
-
-    def forward(self, images):
-        """Images (B, 3, H, W) → reconstruction x̂ (B, 3, H, W), codes (B, h, w), L_commit."""
-        z_q, codes, l_commit = self.quantizer(self.encoder(images))
-        return self.decoder(z_q), codes, l_commit
-
-    @torch.no_grad()
-    def encode(self, images, grid=None):
-        """Images (B, 3, H, W) → codes (B, h, w); resized first where another grid is asked for."""
-        if grid is not None and images.shape[-1] != grid * self.stride:
-            side = grid * self.stride
-            images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
-        z_e = self.encoder(images)                                              # (B, D, h, w)
-        with torch.autocast(images.device.type, enabled=False):
-            return self.quantizer.encode(z_e.to(self.quantizer.codebook.dtype))
-
-    def decode(self, codes):
-        """Codes (B, h, w) → images (B, 3, h·s, w·s)."""
-        return self.decoder(self.quantizer.lookup(codes))
-
-
-# ------------------------------------------------------------------------------------------------
-# The perceptual loss
-
-# The ends of torchvision's networks' stages: the last activations, as in LPIPS, or residual stages.
-CONVNET_LAYERS = {
-    "vgg16": ["features.3", "features.8", "features.15", "features.22", "features.29"],
-    "resnet50": ["layer1", "layer2", "layer3", "layer4"],
-}
-
-
-class PerceptualLoss(nn.Module):
-    """Eq. 4: L_percep = Σ_{l∈S} 1/(C_l H_l W_l) ‖f_l(x) − f_l(x̂)‖², averaged over the images.
-
-    f_l: activations of a frozen network after layer l, normalised at each position to zero mean and
-    unit variance over the channels (our choice; the paper says "normalized" only. With unit length,
-    as in LPIPS, 1/C_l would make the term C_l times smaller: it would vanish beside the pixels').
-
-    network: a VisionTransformer (layers S: blocks from 1; default the four quarters, 3, 6, 9, 12 of
-    12) or torchvision's VGG-16 or ResNet-50 (layers S: stages from 1; default all).
-    """
-
-    def __init__(self, network, layers=None):
-        super().__init__()
-        if isinstance(network, VisionTransformer):
-            number = len(network.blocks)
-            default = [max(1, number * i // 4) for i in (1, 2, 3, 4)]
-            self.image_size = network.image_size
-        else:
-            ends = CONVNET_LAYERS["resnet50" if hasattr(network, "layer4") else "vgg16"]
-            number = len(ends)
-            default = list(range(1, number + 1))
-            self.image_size = None                          # any size
-        self.layers = list(layers or default)
-        if not all(1 <= layer <= number for layer in self.layers):
-            raise InputError(
-                f"perceptual layers {self.layers}: this network has layers 1 to {number}")
-        if self.image_size is None:
-            nodes = {ends[layer - 1]: str(layer) for layer in self.layers}
-            network = create_feature_extractor(network, nodes)
-        self.network = network.eval().requires_grad_(False)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
-
-    def train(self, mode=True):
-        return super().train(False)                         # frozen: always in eval mode
-
-    def features(self, images):
-        """f_l(images) of each layer: list of (B, C_l, H_l, W_l)."""
-        if self.image_size is None:
-            maps = self.network(((images + 1) / 2 - self.mean) / self.std).values()
-        else:                                               # a ViT normalises its inputs itself
-            if images.shape[-1] != self.image_size:         # in fp32: bf16 has no such kernel
-                side = self.image_size
-                images = F.interpolate(images.float(), (side, side), mode="bicubic", antialias=True)
-            maps = self.network.features(images, self.layers)
-        return [normalise(f) for f in maps]
-
-    def forward(self, x, x_hat):
-        with torch.no_grad():
-            target = self.features(x)
-        output = self.features(x_hat)
-        return sum(F.mse_loss(f_hat, f) for f, f_hat in zip(target, output, strict=True))
-
-
-def normalise(f):
-    """f (B, C, H, W) to zero mean and unit variance over the channels, at each position."""
-    channels = f.shape[1]
-    return F.layer_norm(f.float().movedim(1, -1), (channels,)).movedim(-1, 1)
+def random_mask(grid, count):
+    """Mask `count` of grid × grid patches at random (MAE) → bool (grid, grid). Uses `random`."""
+    mask = torch.zeros(grid * grid, dtype=torch.bool)
+    mask[random.sample(range(grid * grid), count)] = True
+    return mask.view(grid, grid)

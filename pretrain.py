@@ -10,8 +10,17 @@ from torch import nn
 import checkpoint
 import data
 import runtime
+import transforms
 from logbook import Run
-from model import SIZES, VisionTransformer, VQTokenizer, block_mask, param_groups
+from model import (
+    SIZES,
+    MaskedAutoencoder,
+    VisionTransformer,
+    block_mask,
+    param_groups,
+    random_mask,
+)
+from weights import restore
 
 PAPER = dict(
     data="data/imagenet",       # ImageNet-1K [PeCo]
@@ -22,6 +31,7 @@ PAPER = dict(
     jitter=0.4,                 # [BEiT]
     mask_ratio=75 / 196,        # [BEiT]: 75 patches
     mask_block=16,              # [BEiT]
+    mae=False,                  # PeCo_MAE is an ablation [PeCo, Table 8]
     model="base",               # ViT-B, L and H [PeCo, Table 1]
     patch_size=16,              # [PeCo]
     drop_path=0.1,              # [PeCo]
@@ -85,6 +95,9 @@ def get_args(argv=None):
     p.add_argument("--drop-path", type=float,
                    help="rate of the last block, rising from 0 at the first")
     p.add_argument("--layer-scale", type=float, help="initial value; 0: no layer scale")
+    p.add_argument("--mae", action="store_true",
+                   help="PeCo_MAE: MAE's encoder, of the visible patches alone, and decoder, with "
+                        "random masks (MAE's --mask-ratio is 0.75)")
     p.add_argument("--mask-ratio", type=float, help="share of the patches masked in every image")
     p.add_argument("--mask-block", type=int, help="smallest block of masked patches, in patches")
     p.add_argument("--jitter", type=float, help="strength of the colour jitter, 0 to 1")
@@ -99,13 +112,20 @@ def get_args(argv=None):
 
 
 class AugmentAndMask:
-    """PIL image → (image (3, H, W), mask (h, w)), both drawn from the sample's own seed."""
+    """PIL image → (image (3, H, W), mask (h, w)), both drawn from the sample's own seed.
+
+    count: of masked patches; min_block: of BEiT's block-wise masks; 0: MAE's random masks.
+    """
 
     def __init__(self, transform, grid, count, min_block):
-        self.transform, self.mask = transform, (grid, count, min_block)
+        self.transform = transform
+        self.grid, self.count, self.min_block = grid, count, min_block
 
     def __call__(self, image):
-        return self.transform(image), block_mask(*self.mask)
+        image = self.transform(image)
+        if self.min_block:
+            return image, block_mask(self.grid, self.count, self.min_block)
+        return image, random_mask(self.grid, self.count)
 
     def finish(self, batch):
         images, masks = batch
@@ -115,8 +135,7 @@ class AugmentAndMask:
 def load_tokenizer(args):
     """The frozen tokenizer and its digest. Each of its codes must describe a patch of the ViT."""
     state = checkpoint.load(args.tokenizer, ["tokenizer"])
-    tokenizer = VQTokenizer(**state["model_args"])
-    tokenizer.load_state_dict(state["model"])
+    tokenizer = restore(f"--tokenizer {args.tokenizer}", state)
     # Images are resized so that it sees a patch as one code, at half to twice the size (our choice;
     # BEiT's tokenizer saw it at half).
     if not 0.5 <= tokenizer.stride / args.patch_size <= 2:
@@ -129,14 +148,30 @@ def load_tokenizer(args):
 
 
 def build(args, codes):
-    """The ViT, and the arguments to build it again."""
+    """The network, what of it is stored by name, and the arguments to build "model" again.
+
+    "model" is the ViT, which the next stage reads; with --mae the decoder is stored beside it.
+    """
     model_args = dict(
         SIZES[args.model], image_size=args.image_size, patch_size=args.patch_size,
-        positions="shared",                                 # one bias for all blocks [BEiT]
-        layer_scale=args.layer_scale, drop_path=args.drop_path, codes=codes)
-    model = VisionTransformer(**model_args)
-    model.checkpoint_activations = args.checkpoint_activations
-    return model, model_args
+        drop_path=args.drop_path)
+    if args.mae:                                            # MAE's ViT is a plain one
+        model_args |= dict(positions="absolute", layer_scale=0.0)
+    else:                                                   # a bias for all blocks [BEiT]
+        model_args |= dict(positions="shared", layer_scale=args.layer_scale, codes=codes)
+    vit = VisionTransformer(**model_args)
+    vit.checkpoint_activations = args.checkpoint_activations
+    if not args.mae:
+        return vit, dict(model=vit), model_args
+    network = MaskedAutoencoder(vit, codes, **mae_decoder(args.model))
+    return network, dict(model=vit, decoder=network.decoder), model_args
+
+
+def mae_decoder(size):
+    """MAE's decoder: 8 blocks of 512 for ViT-B and larger [MAE]; less for smaller ones [ours]."""
+    width, depth = SIZES[size]["dim"], SIZES[size]["depth"]
+    dim = min(512, width)
+    return dict(dim=dim, depth=min(8, depth // 2), heads=max(dim // 32, 1))
 
 
 def main(args):
@@ -148,20 +183,21 @@ def main(args):
 
     # The model and its optimizer
     torch.manual_seed(args.seed)
-    model, model_args = build(args, codes=len(tokenizer.quantizer.codebook))
+    model, modules, model_args = build(args, codes=len(tokenizer.quantizer.codebook))
     model.to(device)
-    groups = param_groups(model, args.weight_decay)
+    groups = param_groups(model, args.weight_decay, vit="encoder" if args.mae else "")
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
 
     # The data
     grid = args.image_size // args.patch_size
     dataset = data.load_dataset(args.data, "train", args.image_size)
-    augment = data.pretrain_transform(args.image_size, args.crop_min, args.jitter, args.augment)
+    augment = transforms.pretrain(args.image_size, args.crop_min, args.jitter, args.augment)
     masked = round(args.mask_ratio * grid * grid)
-    transform = AugmentAndMask(augment, grid, masked, args.mask_block)
+    min_block = 0 if args.mae else args.mask_block
+    transform = AugmentAndMask(augment, grid, masked, min_block)
 
     # The run: a new one, or from where it stopped
-    run = Run(args, len(dataset), optimizer, model_args, modules=dict(model=model))
+    run = Run(args, len(dataset), optimizer, model_args, modules)
     loader = data.TrainLoader(dataset, transform, args, run.start, run.steps, device)
     if args.compile:
         model.compile()

@@ -3,6 +3,7 @@
 Knows nothing of models, data or files. A run's checkpoints and log are logbook.py's.
 """
 import argparse
+import contextlib
 import hashlib
 import math
 import multiprocessing
@@ -17,6 +18,9 @@ import torch.distributed as dist
 
 # A rank that hangs ends the job after this time. NCCL's default, here for gloo too.
 TIMEOUT = timedelta(minutes=10)
+
+# What asks a run to end: kill and torchrun, Ctrl-C, a terminal that closes, Slurm's warning.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 # How CUDA, the CPU's allocator and cuBLAS say that memory ran out: only CUDA has an error class.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
@@ -39,6 +43,8 @@ def launch(main, args):
     What a user can mend ends with one line and a status of its own on every rank: 2 for bad input,
     3 for a loss or gradient that is not finite, 4 for too little memory.
     """
+    if sys.stderr is None:                                  # closed by the shell: 2>&-
+        sys.stderr = open(os.devnull, "w")
     try:
         if "RANK" in os.environ:                            # set by torchrun
             backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -67,24 +73,42 @@ def launch(main, args):
 
 
 def end(args, message, status):
-    print(f"{args.stage}.py: {message}", file=sys.stderr)
+    warn(f"{args.stage}.py: {message}")
     sys.exit(status)
 
 
+def say(text):
+    """Print a line. Never ends a run: the reader of a pipe may be gone, or a disk full."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")                  # nothing more is flushed there
+
+
+def warn(text):
+    """The same, to stderr."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")
+
+
 def catch_signals():
-    """A list that collects the numbers of SIGTERM and SIGINT. A second SIGINT ends it all."""
+    """A list that collects the numbers of SIGNALS. A second SIGINT ends it all."""
     caught = []
 
     def catch(number, frame):
         if number == signal.SIGINT and signal.SIGINT in caught:
             raise KeyboardInterrupt
         caught.append(number)
-        if rank() == 0:                                    # not print: the signal may interrupt one
-            os.write(2, b"a checkpoint is written after this step or evaluation; "
-                        b"Ctrl-C again ends at once\n")
+        if rank() == 0:
+            with contextlib.suppress(OSError):              # the reader of a pipe may be gone
+                os.write(2, b"a checkpoint is written after this step or evaluation; "
+                            b"Ctrl-C again ends at once\n")    # print may be what it interrupts
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, catch)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
+            signal.signal(number, catch)
     return caught
 
 

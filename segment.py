@@ -23,11 +23,12 @@ import checkpoint
 import data
 import logbook
 import runtime
+import transforms
+import weights
 from logbook import Run
-from model import SIZES, VisionTransformer, ViTPyramid, param_groups
+from model import VisionTransformer, ViTPyramid, param_groups
 from runtime import InputError
 from scenes import Scenes, palette, synthetic_number
-from weights import transfer
 
 PAPER = dict(
     data="data/ade20k",         # ADE20K [PeCo]
@@ -71,27 +72,15 @@ PICTURES = 8                    # validation images drawn at each evaluation; ou
 
 def get_args(argv=None):
     p = runtime.parser("segment", __doc__)
-    p.add_argument("--init",
-                   help="what to begin from: run or checkpoint of pretrain.py, teacher.py or "
-                        "finetune.py, a file of BEiT's, timm's or MoCo v3's, or none: from "
-                        "scratch; with --eval: a run of segment.py")
     p.add_argument("--eval", action="store_true", help="only evaluate --init")
     p.add_argument("--classes", type=int, help="number of classes of a folder; 0 is ignored")
-    p.add_argument("--model", choices=SIZES, help="size of the ViT, where --init does not say")
-    p.add_argument("--patch-size", type=int,
-                   help="side of a patch, pixels, where --init does not say")
-    p.add_argument("--drop-path", type=float,
-                   help="rate of the last block, rising from 0 at the first")
-    p.add_argument("--layer-scale", type=float,
-                   help="initial value, where --init does not say; 0: no layer scale")
     p.add_argument("--aux-weight", type=float, help="weight of the auxiliary head's loss")
     p.add_argument("--betas", type=float, nargs=2, help="AdamW's β₁ and β₂")
     p.add_argument("--weight-decay", type=float, help="AdamW's weight decay, of matrices")
     p.add_argument("--layer-decay", type=float,
                    help="factor of the lr from one block to the one before it")
     p.add_argument("--warmup-steps", type=int, help="steps of linear warm-up of the lr")
-    p.add_argument("--checkpoint-activations", action="store_true",
-                   help="recompute blocks in the backward pass: less memory, a third more time")
+    weights.add_arguments(p, also="none: from scratch; with --eval: a run of segment.py")
     layout = "synthetic[:IMAGES], or a folder in ADE20K's layout: images/ and annotations/"
     data.add_arguments(p, layout=layout, augment=False)
     return runtime.parse(p, RECIPES, argv)
@@ -189,7 +178,7 @@ def train_transform(size):
         T.ColorJitter(saturation=0.5),
         T.ColorJitter(hue=18 / 180),
     ]
-    return data.Joint([
+    return transforms.Joint([
         random_rescale,
         VariedCrop(size, pad_if_needed=True, fill={tv_tensors.Mask: 0, "others": 128}),
         T.RandomHorizontalFlip(),
@@ -203,7 +192,7 @@ def eval_transform(size):
     def rescale_image(image, labels):
         return rescale(image, size), labels
 
-    return data.Joint([rescale_image, T.ToPureTensor()])
+    return transforms.Joint([rescale_image, T.ToPureTensor()])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -294,13 +283,7 @@ def build(args, classes, state):
 
     classes: number of them.
     """
-    arguments = dict(
-        SIZES[args.model], patch_size=args.patch_size, layer_scale=args.layer_scale,
-        positions="block")                                  # a bias for each block [BEiT]
-    vit, vit_args, _ = transfer(
-        f"--init {args.init}", state, arguments,
-        image_size=args.image_size, drop_path=args.drop_path, classes=0)
-    vit.checkpoint_activations = args.checkpoint_activations
+    vit, vit_args, _ = weights.begin(args, state, args.image_size)
     return Segmenter(vit, classes), dict(vit=vit_args, classes=classes)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 import data
 import runtime
+import transforms
 from logbook import Run
 from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, VisionTransformer
 
@@ -248,7 +249,7 @@ def main(args):
 
     # The run: a new one, or from where it stopped
     run = Run(args, len(dataset), optimizer, model_args, modules)
-    views = data.teacher_transform(args.image_size, args.crop_min, args.augment)
+    views = transforms.teacher(args.image_size, args.crop_min, args.augment)
     loader = data.TrainLoader(dataset, TwoViews(*views), args, run.start, run.steps, device)
     if args.compile:
         moco.compile()

@@ -15,8 +15,10 @@ from torchvision.utils import make_grid, save_image
 
 import data
 import runtime
+import transforms
+from codebook import PerceptualLoss, VQTokenizer
 from logbook import Run
-from model import PerceptualLoss, VQTokenizer
+from model import SIZES
 from weights import perceptual_network
 
 PAPER = dict(
@@ -25,7 +27,11 @@ PAPER = dict(
     image_size=224,             # [PeCo]
     crop_min=0.08,              # our choice: the paper does not speak of augmentation
     eval_crop=0.875,            # our choice
-    channels=[32, 64, 128, 256, 256],
+    channels=[64, 128, 256, 512, 512],      # [PeCo, Table 2]; PeCo-lite: 32 64 128 256 512
+    decoder_channels=None,      # as the encoder's [PeCo]
+    decoder_blocks=None,        # as the encoder's [PeCo]
+    vit=None,                   # convolutions, not a ViT [PeCo]
+    patch_size=16,              # of --vit [PeCo, Table 12]
     codebook_size=8192,         # K [PeCo]
     code_dim=256,               # D, from the paper's number of parameters (Table 2)
     decay=0.99,                 # [VQ-VAE]
@@ -33,6 +39,7 @@ PAPER = dict(
     commitment_weight=0.25,     # β [PeCo]
     perceptual="moco_v3",       # [PeCo]
     perceptual_weight=1.0,      # λ [PeCo]
+    adversarial_weight=0.0,     # 0.4 in the ablation [PeCo, Table 7]
     batch_size=128,             # [PeCo]
     epochs=100,                 # [PeCo]
     warmup_steps=5000,          # [PeCo]; then a cosine to 0, our choice
@@ -88,6 +95,14 @@ def get_args(argv=None):
     p.add_argument("--channels", type=int, nargs="+",
                    help="widths from the image's resolution down; each next one has half the "
                         "resolution, so the stride of the codes is 2^(number − 1) pixels")
+    p.add_argument("--decoder-channels", type=int, nargs="+",
+                   help="the decoder's, in the same order; by default the same")
+    p.add_argument("--decoder-blocks", type=int,
+                   help="residual blocks of the decoder at each resolution (by default 2), or its "
+                        "transformer blocks with --vit (by default the encoder's number)")
+    p.add_argument("--vit", choices=SIZES,
+                   help="a ViT of this size as encoder, one as decoder, in place of convolutions")
+    p.add_argument("--patch-size", type=int, help="side of a patch of --vit, pixels")
     p.add_argument("--codebook-size", type=int, help="K, number of codes")
     p.add_argument("--code-dim", type=int, help="D, dimension of a code")
     p.add_argument("--decay", type=float, help="γ of the codebook's moving averages, a step")
@@ -102,8 +117,8 @@ def get_args(argv=None):
     p.add_argument("--perceptual-layers", type=int, nargs="+",
                    help="S, layers that are compared; by default blocks 3 6 9 12 of 12, every "
                         "stage of a CNN")
-    p.add_argument("--adversarial-weight", type=float, default=0.0,
-                   help="weight of a patch discriminator's loss; 0: no discriminator")
+    p.add_argument("--adversarial-weight", type=float,
+                   help="weight of the adversarial loss; 0: no discriminator")
     p.add_argument("--betas", type=float, nargs=2, help="Adam's β₁ and β₂")
     p.add_argument("--warmup-steps", type=int, help="steps of linear warm-up of the lr")
     p.add_argument("--eval-crop", type=float, help="centre crop in evaluation, share of the side")
@@ -112,25 +127,35 @@ def get_args(argv=None):
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Images (B, 3, H, W) → logits (B, 1, h, w). VQGAN's, GroupNorm for BatchNorm (ours)."""
+    """Images (B, 3, H, W) → logits (B, 1, h, w), each of a field of 70 × 70 pixels.
+
+    VQGAN's PatchGAN with its initialisation; GroupNorm for BatchNorm (our choice).
+    """
 
     def __init__(self, channels=64):
         layers = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for _ in range(2):
+        for stride in (2, 2, 1):
             layers += [
-                nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1),
+                nn.Conv2d(channels, 2 * channels, 4, stride, padding=1, bias=False),
                 nn.GroupNorm(channels // 8, 2 * channels),
                 nn.LeakyReLU(0.2),
             ]
             channels *= 2
         super().__init__(*layers, nn.Conv2d(channels, 1, 4, padding=1))
+        for module in self:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.GroupNorm):
+                nn.init.normal_(module.weight, 1.0, 0.02)
 
 
 def build(args, perceptual_net):
     """What is trained or used, by name, and the arguments of the tokenizer to build it again."""
     model_args = dict(
         image_size=args.image_size, channels=args.channels, codebook_size=args.codebook_size,
-        code_dim=args.code_dim, decay=args.decay, revive=args.revive)
+        code_dim=args.code_dim, decay=args.decay, revive=args.revive,
+        decoder_channels=args.decoder_channels, decoder_blocks=args.decoder_blocks,
+        vit=SIZES[args.vit] if args.vit else None, patch_size=args.patch_size)
     tokenizer = VQTokenizer(**model_args)
     perceptual = discriminator = None
     if args.perceptual_weight:
@@ -157,7 +182,7 @@ def evaluate(args, tokenizer, perceptual, dataset, device):
     sums = {name: torch.zeros((), device=device, dtype=torch.float64)
             for name in ("psnr", "mse", "distance", "images")}
     shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-    transform = data.eval_transform(args.image_size, args.eval_crop)
+    transform = transforms.evaluation(args.image_size, args.eval_crop)
     loader = data.eval_loader(dataset, transform, runtime.micro_batch(args), args.workers,
                               indices=shuffled.tolist())    # the pictures show all classes
     gallery = Gallery(args.output, tokenizer.stride)
@@ -256,7 +281,7 @@ def main(args):
 
     # The run: a new one, or from where it stopped
     run = Run(args, len(dataset), optimizer, model_args, modules)
-    transform = data.tokenizer_transform(args.image_size, args.crop_min, args.augment)
+    transform = transforms.tokenizer(args.image_size, args.crop_min, args.augment)
     loader = data.TrainLoader(dataset, transform, args, run.start, run.steps, device)
     if args.compile:
         tokenizer.encoder.compile()
@@ -311,11 +336,17 @@ def main(args):
 
 
 def adversarial(discriminator, judge, x, x_hat):
-    """Hinge losses of tokenizer and discriminator, each with a gradient to its own network."""
+    """Eq. 8: the discriminator D maximises log D(x) + log(1 − D(x̂)), the tokenizer opposes it.
+
+    Returns what the tokenizer minimises, −log D(x̂), and what D does, −log D(x) − log(1 − D(x̂));
+    each has a gradient to its own network alone. log(1 − D(x̂)), as printed, has next to no gradient
+    while D is right: we take the non-saturating form of Goodfellow et al. (2014), our choice.
+    """
     fixed = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
-    l_fool = -torch.func.functional_call(discriminator, fixed, x_hat).mean()
-    real, fake = judge(torch.cat([x, x_hat.detach()])).chunk(2)
-    l_judge = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    logits = torch.func.functional_call(discriminator, fixed, x_hat)        # of x̂ (B, 1, h, w)
+    l_fool = -F.logsigmoid(logits.float()).mean()
+    real, fake = judge(torch.cat([x, x_hat.detach()])).float().chunk(2)
+    l_judge = -F.logsigmoid(real).mean() - F.logsigmoid(-fake).mean()       # 1 − σ(s) = σ(−s)
     return l_fool, l_judge
 
 

@@ -9,24 +9,32 @@ import torch
 import torchvision
 
 import checkpoint
-from data import eval_transform
+import transforms
+from codebook import VQTokenizer
 from model import (
+    HALF,
     IMAGENET_MEAN,
     IMAGENET_STD,
     SIZES,
     VisionTransformer,
-    VQTokenizer,
     resize_bias_table,
     resize_positions,
 )
 from runtime import InputError
 
-# MoCo v3's ViT-B of 300 epochs; the 100-epoch one, which PeCo uses, was never published.
-MOCO_V3_URL = "https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/vit-b-300ep.pth.tar"
+# MoCo v3's ViT-B of 300 epochs (the 100-epoch one, which PeCo uses, was never published) and its
+# ResNet-50; torchvision's supervised networks.
+MOCO_V3_FILES = "https://dl.fbaipublicfiles.com/moco-v3/"
 DOWNLOADS = {
-    "moco_v3": MOCO_V3_URL,
+    "moco_v3": MOCO_V3_FILES + "vit-b-300ep/vit-b-300ep.pth.tar",
+    "moco_v3_resnet50": MOCO_V3_FILES + "r-50-100ep/r-50-100ep.pth.tar",
     "vgg16": torchvision.models.VGG16_Weights.IMAGENET1K_V1.url,
     "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url,
+}
+# Input statistics, of pixels in [0, 1]: a file of another project does not say which it had.
+STATISTICS = {
+    "half": dict(mean=HALF, std=HALF),                      # BEiT's of ImageNet-22k, and ours
+    "imagenet": dict(mean=IMAGENET_MEAN, std=IMAGENET_STD),     # BEiT's of ImageNet-1K
 }
 MOCO_V3 = dict(positions="absolute", layer_scale=0.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
@@ -44,10 +52,26 @@ def load(path, stages=("teacher", "tokenizer", "pretrain", "finetune")):
     a PIL image into pixels (3, H, W). Raises InputError where the run is of another stage.
     """
     state = checkpoint.load(path, stages)
-    model = network_of(state)
-    model.load_state_dict(trained_weights(state))
-    model.preprocess = eval_transform(model.image_size, state["args"].get("eval_crop", 0.875))
+    model = restore(path, state)
+    eval_crop = state["args"].get("eval_crop", 0.875)
+    model.preprocess = transforms.evaluation(model.image_size, eval_crop)
     return model.eval().requires_grad_(False)
+
+
+def restore(source, state):
+    """The network of one of our checkpoints, called `source` in messages. Raises InputError."""
+    network = network_of(state)
+    try:
+        network.load_state_dict(trained_weights(state))
+    except RuntimeError as error:
+        raise InputError(f"{source}: of another architecture ({culprit(error)}): train it anew, or "
+                         "use the version of this code that wrote it") from error
+    return network
+
+
+def culprit(error):
+    """The first of the names that load_state_dict complains of."""
+    return str(error).splitlines()[1].split(', "')[0].strip()
 
 
 def network_of(state):
@@ -95,8 +119,11 @@ def transfer(source, state, arguments, **task):
         raise InputError(f"{source}: found a checkpoint of {stage}, "
                          "expected one of teacher, pretrain or finetune")
     else:
-        weights = bare(state.get("model", state.get("state_dict", state)))
-        if "pos_embed" in weights:
+        weights = foreign_weights(state)
+        if "blocks.0.attn.q_bias" in weights and "pos_embed" in weights:
+            weights = with_plain_attention(weights)         # BEiT with absolute positions
+            arguments = arguments | dict(positions="absolute")
+        elif "pos_embed" in weights:
             arguments = arguments | MOCO_V3
     arguments = {key: value for key, value in arguments.items() if key != "codes"} | task
     if arguments["positions"] == "shared":              # BEiT: from here on one bias for each block
@@ -108,6 +135,61 @@ def transfer(source, state, arguments, **task):
         return model, arguments, load_backbone(model, weights)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+
+
+def add_arguments(p, also="none: from scratch"):
+    """Add the flags of a stage that begins from a trained ViT. also: what else --init may be."""
+    group = p.add_argument_group("the ViT")
+    group.add_argument("--init",
+                       help="what to begin from: run or checkpoint of pretrain.py, teacher.py or "
+                            f"finetune.py, a file of BEiT's, timm's or MoCo v3's, or {also}")
+    group.add_argument("--model", choices=SIZES, help="size of the ViT, where --init does not say")
+    group.add_argument("--patch-size", type=int,
+                       help="side of a patch, pixels, where --init does not say")
+    group.add_argument("--layer-scale", type=float,
+                       help="initial value, where --init does not say; 0: no layer scale")
+    group.add_argument("--statistics", choices=STATISTICS, default="half",
+                       help="mean and deviation of the inputs, where --init does not say: half "
+                            "(0.5, BEiT's of ImageNet-22k) or imagenet (BEiT's of ImageNet-1K)")
+    group.add_argument("--drop-path", type=float,
+                       help="rate of the last block, rising from 0 at the first")
+    group.add_argument("--checkpoint-activations", action="store_true",
+                       help="recompute blocks in the backward pass: less memory, a third more time")
+
+
+def begin(args, state, image_size, classes=0):
+    """A ViT for a new task from what --init names, by the flags of add_arguments.
+
+    state: the checkpoint's contents; {}: from scratch. Returns as transfer does.
+    """
+    arguments = dict(
+        SIZES[args.model], patch_size=args.patch_size, layer_scale=args.layer_scale,
+        positions="block",                                  # a bias for each block [BEiT]
+        **STATISTICS[args.statistics])
+    vit, arguments, missing = transfer(
+        f"--init {args.init}", state, arguments,
+        image_size=image_size, drop_path=args.drop_path, classes=classes)
+    vit.checkpoint_activations = args.checkpoint_activations
+    return vit, arguments, missing
+
+
+def foreign_weights(state):
+    """Weights of another project's file: BEiT's, MoCo v3's, DeepSpeed's, or nothing but them."""
+    for key in ("model", "state_dict", "module"):
+        if isinstance(state.get(key), dict):
+            return bare(state[key])
+    return bare(state)
+
+
+def with_plain_attention(weights):
+    """BEiT's biases of queries and values as one of queries, keys (0) and values."""
+    weights = dict(weights)
+    for key in list(weights):
+        if key.endswith("attn.q_bias"):
+            q = weights.pop(key)
+            v = weights.pop(key.replace("q_bias", "v_bias"))
+            weights[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+    return weights
 
 
 def bare(weights):
@@ -165,9 +247,8 @@ def refuse_others(verb, keys):
 def perceptual_network(source):
     """The network behind L_percep, and a digest of its weights.
 
-    source: "moco_v3", "vgg16" or "resnet50" (downloaded), or the path of: one of their files, MoCo
-    v3's ResNet-50, a teacher.py run, or a finetune.py run (a supervised network). Raises InputError
-    where there are no such weights.
+    source: a key of DOWNLOADS, or the path of one of these files, of a teacher.py run, or of a
+    finetune.py run (a supervised network). Raises InputError where there are no such weights.
     """
     if source in DOWNLOADS and not Path(source).exists():
         state = download(source)
@@ -175,23 +256,21 @@ def perceptual_network(source):
         state = checkpoint.load(source)
     stage = state.get("stage")
     if stage in ("teacher", "finetune"):
-        network = network_of(state)
-        network.load_state_dict(trained_weights(state))
-        return network, state["digest"]
+        return restore(f"--perceptual {source}", state), state["digest"]
     if stage:
         raise InputError(f"--perceptual {source}: a checkpoint of {stage}, "
                          "expected one of teacher or finetune")
-    weights = bare(state.get("state_dict", state))
+    weights = foreign_weights(state)
     network = imitate(source, weights)
     heads = ("head.", "fc.")                             # not used; MoCo v3 has its projector there
     weights = {key: value for key, value in weights.items() if not key.startswith(heads)}
+    digest = checkpoint.digest(weights)
     weights |= {key: value for key, value in network.state_dict().items() if key.startswith(heads)}
     try:
         network.load_state_dict(weights)
-    except RuntimeError as error:                          # its second line names the first culprit
-        detail = str(error).splitlines()[1].strip()
-        raise InputError(f"--perceptual {source}: {detail}") from error
-    return network, checkpoint.digest(weights)
+    except RuntimeError as error:
+        raise InputError(f"--perceptual {source}: {culprit(error)}") from error
+    return network, digest
 
 
 def download(source):

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 import detect
 import finetune
 import pretrain
+import runtime
 import segment
 import teacher
 import tokenizer
@@ -53,8 +54,8 @@ OWN = {
     "detect": ["--image-size", "32", "--min-size", "24", "--max-size", "32", "--channels", "16",
                "--boxes", "16", "--drop-path", "0.1"],
 }
-# What stops a run. A stage catches both for good.
-HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+# What stops a run. A stage catches them for good.
+HANDLERS = {number: signal.getsignal(number) for number in runtime.SIGNALS}
 
 
 def end_workers():

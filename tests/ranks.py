@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import sys
-import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -23,8 +22,9 @@ import finetune
 import runtime
 import segment
 import teacher
+from codebook import Quantizer
 from logbook import Run
-from model import Quantizer, VisionTransformer
+from model import VisionTransformer
 from scenes import Scenes, Synthetic
 
 CPU = torch.device("cpu")
@@ -43,11 +43,10 @@ def last_rank():
     return runtime.rank() == runtime.world_size() - 1
 
 
-def new_run(module, folder=None):
-    """A run of a hundred steps, by default in a new folder of its own on each rank."""
-    folder = folder or tempfile.mkdtemp()
-    args = Namespace(stage="pretrain", output=folder, batch_size=8, epochs=None, steps=100, seed=0,
-                     resume="auto", save_every=100, log_every=100)
+def new_run(module, folder):
+    """A run of a hundred steps."""
+    args = Namespace(stage="pretrain", output=str(folder), batch_size=8, epochs=None, steps=100,
+                     seed=0, resume="auto", save_every=100, log_every=100)
     optimizer = torch.optim.SGD(list(module.named_parameters()), lr=0.1)
     return Run(args, 8, optimizer, model_args={}, modules=dict(model=module))
 
@@ -90,7 +89,7 @@ def batch_norm():
     return dict(share=y.detach(), gradient=x.grad, weight=norm.weight.grad, bias=norm.bias.grad)
 
 
-def moco():
+def moco(folder):
     """Loss and gradients of a step, in a DDP wrapper where there are ranks."""
     torch.manual_seed(0)
     encoder = VisionTransformer(8, 4, dim=16, depth=2, heads=2, positions="absolute",
@@ -98,7 +97,7 @@ def moco():
     network = teacher.MoCo(encoder, 32, 8, 0.2).double()
     x1 = share(torch.rand(8, 3, 8, 8, generator=seeded(1)).double() * 2 - 1)
     x2 = share(torch.rand(8, 3, 8, 8, generator=seeded(2)).double() * 2 - 1)
-    wrapped = new_run(network).distribute(network)     # kept until the backward pass: it averages
+    wrapped = new_run(network, folder).distribute(network)  # kept: it averages in the backward pass
     loss, hits = wrapped(x1, x2)
     loss.backward()
     values = torch.stack([loss.detach(), hits])
@@ -144,10 +143,10 @@ class Oracle(torch.nn.Module):
         return detections
 
 
-def dense():
+def dense(folder):
     """7 images over the ranks: the scores of a random segmenter, the AP of a perfect detector."""
     args = Namespace(image_size=16, batch_size=4, accumulate=1, workers=0, amp="fp32",
-                     output=tempfile.mkdtemp())
+                     output=str(folder))
     torch.manual_seed(0)
     vit = VisionTransformer(16, 4, dim=16, depth=1, heads=2, positions="block")
     scenes = Scenes("val", 7, 16, target="masks")
@@ -158,12 +157,12 @@ def dense():
     return dict(masks=masks, boxes=detect.evaluate(args, Oracle(scenes), scenes, CPU))
 
 
-def trouble():
+def trouble(folder):
     """On the last rank only: a signal, then a loss and a gradient norm that are not finite.
 
     The means and the signal that each rank finds, then the messages.
     """
-    run = new_run(torch.nn.Linear(1, 1))
+    run = new_run(torch.nn.Linear(1, 1), folder)
     run.due(3)
     if last_rank():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -187,11 +186,11 @@ def check(run, **values):
     run.check_finite(lambda step, rank: [step, 10 + rank])
 
 
-def gradient_of_one_rank():
+def gradient_of_one_rank(folder):
     """A gradient that is not finite on the last rank alone, after DDP has averaged it."""
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 2)
-    run = new_run(module)
+    run = new_run(module, folder)
     network = run.distribute(module)
     found = []
     for factor in (1.0, math.nan, 1.0):
@@ -208,11 +207,11 @@ def gradient_of_one_rank():
     return found
 
 
-def accumulation():
+def accumulation(folder):
     """Gradients of three micro-batches: after each of them, of one parameter."""
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 1).double()
-    run = new_run(module)
+    run = new_run(module, folder)
     network = run.distribute(module)
     history = []
     batch = torch.randn(12, 3, generator=seeded(3)).double()
@@ -222,9 +221,8 @@ def accumulation():
     return torch.stack(history)
 
 
-def storage_that_is_not_shared():
+def storage_that_is_not_shared(folder):
     """A checkpoint that rank 0 alone finds: what each rank says, or where it goes on."""
-    folder = tempfile.mkdtemp()
     module = torch.nn.Linear(1, 1)
     new_run(module, folder).save(5)
     try:
@@ -233,15 +231,20 @@ def storage_that_is_not_shared():
         return str(error)
 
 
-def checks():
-    return dict(quantizer=quantizer(), batch_norm=batch_norm(), moco=moco(),
-                evaluation=evaluation(), dense=dense(), trouble=trouble(),
-                gradient_of_one_rank=gradient_of_one_rank(), accumulation=accumulation(),
-                storage_that_is_not_shared=storage_that_is_not_shared())
+def checks(folder):
+    """All of them, by name. folder: this rank's own; each run has one in it."""
+    found = dict(quantizer=quantizer(), batch_norm=batch_norm(), evaluation=evaluation())
+    (folder / "dense").mkdir(parents=True)
+    for one in (moco, dense, trouble, gradient_of_one_rank, accumulation,
+                storage_that_is_not_shared):
+        found[one.__name__] = one(folder / one.__name__)
+    return found
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    torch.save(checks(), Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
+    folder = Path(sys.argv[1])
+    found = checks(folder / f"rank-{dist.get_rank()}")
+    torch.save(found, folder / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()

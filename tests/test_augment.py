@@ -11,16 +11,16 @@ from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF
 
 import augment
-import data
+import transforms
 from scenes import Synthetic
 
 SIZE = 32
 FORMS = {
-    "pretrain": lambda: data.pretrain_transform(SIZE, form="batch"),
-    "tokenizer": lambda: data.tokenizer_transform(SIZE, form="batch"),
-    "teacher 1": lambda: data.teacher_transform(SIZE, form="batch")[0],
-    "teacher 2": lambda: data.teacher_transform(SIZE, form="batch")[1],
-    "finetune": lambda: data.finetune_transform(SIZE, erasing=1.0, form="batch"),
+    "pretrain": lambda: transforms.pretrain(SIZE, form="batch"),
+    "tokenizer": lambda: transforms.tokenizer(SIZE, form="batch"),
+    "teacher 1": lambda: transforms.teacher(SIZE, form="batch")[0],
+    "teacher 2": lambda: transforms.teacher(SIZE, form="batch")[1],
+    "finetune": lambda: transforms.finetune(SIZE, erasing=1.0, form="batch"),
 }
 
 
@@ -123,7 +123,7 @@ def boxes(transform, size, number, monkeypatch):
 def test_crops_are_drawn_as_torchvisions(size, smallest, monkeypatch):
     """By the total variation of the histograms of area, aspect and place."""
     torch.manual_seed(0)
-    ours = boxes(data.tokenizer_transform(SIZE, smallest, "batch"), size, 12_000, monkeypatch)
+    ours = boxes(transforms.tokenizer(SIZE, smallest, "batch"), size, 12_000, monkeypatch)
     reference, theirs = T.RandomResizedCrop(SIZE, (smallest, 1)), []
     image = Image.new("RGB", size)
     for _ in range(12_000):
@@ -174,15 +174,15 @@ def test_an_image_of_another_size_is_cropped_in_the_worker(size, interpolation):
 def test_the_crops_of_the_stages_are_the_papers():
     """Bilinear for MoCo v3, bicubic for BEiT, in both forms; BEiT's jitter comes first."""
     for form in ("image", "batch"):
-        jitter, crop, *_ = transforms(data.pretrain_transform(SIZE, form=form))
+        jitter, crop, *_ = steps_of(transforms.pretrain(SIZE, form=form))
         assert type(jitter).__name__ == "ColorJitter" and mode(crop) == "bicubic"
-        for view in data.teacher_transform(SIZE, form=form):
-            assert mode(transforms(view)[0]) == "bilinear"
-        for transform in (data.tokenizer_transform, data.finetune_transform):
-            assert mode(transforms(transform(SIZE, form=form))[0]) == "bicubic"
+        for view in transforms.teacher(SIZE, form=form):
+            assert mode(steps_of(view)[0]) == "bilinear"
+        for transform in (transforms.tokenizer, transforms.finetune):
+            assert mode(steps_of(transform(SIZE, form=form))[0]) == "bicubic"
 
 
-def transforms(transform):
+def steps_of(transform):
     return transform.transforms if hasattr(transform, "transforms") else transform.steps
 
 
@@ -193,10 +193,10 @@ def mode(crop):
 
 
 def test_both_forms_have_the_same_steps():
-    for make in (data.pretrain_transform, data.tokenizer_transform, data.finetune_transform,
-                 lambda *args, form: data.teacher_transform(*args, form=form)[1]):
+    for make in (transforms.pretrain, transforms.tokenizer, transforms.finetune,
+                 lambda *args, form: transforms.teacher(*args, form=form)[1]):
         for size in (32, 64):
-            names = [[type(step).__name__ for step in transforms(make(size, form=form))]
+            names = [[type(step).__name__ for step in steps_of(make(size, form=form))]
                      for form in ("image", "batch")]
             assert [name.replace("function", "ToPixels") for name in names[0]] == names[1]
 
@@ -237,7 +237,7 @@ def test_grey_and_solarize_are_torchvisions(x):
 
 def rand_augment(magnitude):
     """Two operations, each with probability ½, as finetune.py has them."""
-    return data.finetune_transform(SIZE, magnitude=magnitude, erasing=0.0, form="batch").steps[2:4]
+    return transforms.finetune(SIZE, magnitude=magnitude, erasing=0.0, form="batch").steps[2:4]
 
 
 def test_rand_augment_has_torchvisions_ops(x):
@@ -275,7 +275,7 @@ def test_rand_augment_takes_each_op_half_of_the_time():
     out = second(out, *torch.rand(second.draws, 2000, generator=generator))
     batch = (out == x).flatten(1).all(1)
     torch.manual_seed(0)
-    first, second = data.finetune_transform(SIZE, erasing=0.0).transforms[2:4]
+    first, second = transforms.finetune(SIZE, erasing=0.0).transforms[2:4]
     alone = torch.tensor([second(first(image)) == image for image in images])
     for same in (batch, alone):             # neither: a quarter; and identity, and without effect
         assert 0.25 <= same.float().mean() < 0.36
@@ -310,8 +310,8 @@ def test_blur_is_torchvisions(x):
 def test_the_blurs_kernel_is_a_tenth_of_the_image():
     for form in ("image", "batch"):
         for size, kernel in ((64, 7), (70, 7), (224, 23)):
-            for view, p in zip(data.teacher_transform(size, form=form), (1.0, 0.1), strict=True):
-                apply_blur = transforms(view)[3]
+            for view, p in zip(transforms.teacher(size, form=form), (1.0, 0.1), strict=True):
+                apply_blur = steps_of(view)[3]
                 blur = apply_blur.transforms[0]
                 own = 2 * blur.reach + 1 if form == "batch" else blur.kernel_size[0]
                 assert own == kernel and apply_blur.p == p
@@ -328,7 +328,7 @@ def test_only_the_chosen_images_are_transformed(x):
 def test_a_teachers_view_at_a_photographs_size():
     array = scenes(1)[0].permute(1, 2, 0).numpy()
     images = [Image.fromarray(array).resize((90, 75)) for _ in range(2)]
-    for transform in data.teacher_transform(64, form="batch"):
+    for transform in transforms.teacher(64, form="batch"):
         pixels, draws = zip(*(transform(image) for image in images), strict=True)
         out = transform.finish((torch.stack(pixels), torch.stack(draws)))
         assert out.shape == (2, 3, 64, 64)

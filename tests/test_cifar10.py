@@ -19,7 +19,7 @@ from test_cifar import generate
 from torch import nn
 
 import tokenizer
-from model import VQTokenizer
+from codebook import VQTokenizer
 from tools import cifar10, codewords
 
 TINY = ["--batch-size", "8", "--steps", "2", "--workers", "0", "--amp", "fp32"]

@@ -14,10 +14,11 @@ from PIL import Image
 
 import data
 import runtime
+import transforms
 from pretrain import AugmentAndMask
 from scenes import Synthetic
 
-CROP = data.pretrain_transform(16)
+CROP = transforms.pretrain(16)
 
 
 def as_array(sample):
@@ -69,11 +70,11 @@ def test_label_subset_is_balanced():
 
 def test_pixels_are_in_minus_one_to_one():
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
-    pixels = data.to_pixels(Image.fromarray(ramp))
+    pixels = transforms.to_pixels(Image.fromarray(ramp))
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32
     assert torch.allclose(pixels[0].flatten(), torch.linspace(-1, 1, 256), atol=1e-6)
-    for transform in (CROP, data.tokenizer_transform(16), *data.teacher_transform(16),
-                      data.eval_transform(16), data.finetune_transform(16, erasing=0.0)):
+    for transform in (CROP, transforms.tokenizer(16), *transforms.teacher(16),
+                      transforms.evaluation(16), transforms.finetune(16, erasing=0.0)):
         image = transform(Synthetic(number=1)[0][0])
         assert image.shape == (3, 16, 16) and image.dtype == torch.float32
         assert -1 <= image.min() < image.max() <= 1
@@ -82,14 +83,14 @@ def test_pixels_are_in_minus_one_to_one():
 def test_evaluation_sees_the_centre():
     image = Image.new("RGB", (64, 32))
     image.paste((255, 255, 255), (16, 0, 48, 32))           # the central square
-    assert (data.eval_transform(32, crop=1.0)(image) == 1).all()
-    assert data.eval_transform(32)(Image.new("RGB", (40, 90))).shape == (3, 32, 32)
+    assert (transforms.evaluation(32, crop=1.0)(image) == 1).all()
+    assert transforms.evaluation(32)(Image.new("RGB", (40, 90))).shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
 def test_images_of_any_mode_become_rgb(mode):
     dataset = [(Image.new(mode, (16, 16)), 0)]
-    image, _ = data.Samples(dataset, data.to_pixels, 0)[0, 0]
+    image, _ = data.Samples(dataset, transforms.to_pixels, 0)[0, 0]
     assert image.shape == (3, 16, 16)
 
 
@@ -105,7 +106,7 @@ def arguments(**changes):
 def stream(start=0, stop=7, dataset=None, **changes):
     """All micro-batches of a run over 20 images, 2 steps an epoch: [(images, masks), labels]."""
     args = arguments(**changes)
-    augment = data.pretrain_transform(16, form=args.augment)
+    augment = transforms.pretrain(16, form=args.augment)
     transform = AugmentAndMask(augment, 4, 6, 4)            # torch's randomness and Python's
     dataset = dataset or Synthetic(number=20, image_size=16)
     loader = data.TrainLoader(dataset, transform, args, start, stop, torch.device("cpu"))
@@ -237,7 +238,7 @@ def test_evaluation_sees_every_image_once(world, monkeypatch):
 def test_iterating_does_not_touch_the_global_random_state():
     """Else an added evaluation would change the training."""
     before = torch.get_rng_state()
-    iter(data.eval_loader(Synthetic("val", 4, 16), data.to_pixels, 2, 0))
+    iter(data.eval_loader(Synthetic("val", 4, 16), transforms.to_pixels, 2, 0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -257,7 +258,7 @@ def make_folder(root, classes=("ant", "bee"), images=2, splits=("train", "val"))
 def test_image_folder(folder):
     dataset = data.load_dataset(str(make_folder(folder / "set")), "train", 16)
     assert dataset.classes == ["ant", "bee"] and dataset.targets == [0, 0, 1, 1]
-    images, labels = next(iter(data.eval_loader(dataset, data.eval_transform(16), 4, 0)))
+    images, labels = next(iter(data.eval_loader(dataset, transforms.evaluation(16), 4, 0)))
     assert images.shape == (4, 3, 16, 16) and labels.tolist() == [0, 0, 1, 1]
 
 
@@ -296,7 +297,7 @@ def test_an_unreadable_image_is_named(folder, damage, workers):
     path.write_bytes(damaged[damage])
     dataset = data.load_dataset("set", "train", 16)
     with pytest.raises(runtime.InputError) as error:
-        list(data.eval_loader(dataset, data.eval_transform(16), 2, workers))
+        list(data.eval_loader(dataset, transforms.evaluation(16), 2, workers))
     end_workers()
     assert str(Path("set/train/bee/0.jpg")) in str(error.value)
     assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
@@ -337,7 +338,7 @@ def test_cifar(name, folder, monkeypatch):
     dataset = data.load_dataset(name, "train", 32)
     assert len(dataset) == 20 and len(dataset.classes) == 10
     assert dataset.targets[11] == dataset[11][1] == 1
-    pixels, _ = data.Samples(dataset, data.to_pixels, 0)[0, 11]
+    pixels, _ = data.Samples(dataset, transforms.to_pixels, 0)[0, 11]
     assert torch.allclose(pixels, torch.tensor(rows[11].reshape(3, 32, 32)) / 127.5 - 1, atol=1e-6)
     fourth = as_array(data.load_dataset(name, "val", 32)[3])
     assert np.array_equal(fourth, val[3].reshape(3, 32, 32).transpose(1, 2, 0))

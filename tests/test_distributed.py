@@ -33,7 +33,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     torchrun(ROOT / "tests" / "ranks.py", folder)
     both = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    return [ranks.checks(), *both]
+    return [ranks.checks(folder / "one"), *both]
 
 
 def test_codebook_is_that_of_one_process(results):

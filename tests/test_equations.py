@@ -15,8 +15,10 @@ from test_vit import pixels, seeded, statistics, tiny_vit
 import data
 import pretrain
 import tokenizer
+import transforms
 import weights
-from model import IMAGENET_MEAN, IMAGENET_STD, Grid, PerceptualLoss, Quantizer, VQTokenizer
+from codebook import PerceptualLoss, Quantizer, VQTokenizer
+from model import IMAGENET_MEAN, IMAGENET_STD, Grid
 
 
 def a_quantizer(size=6, dim=3, decay=0.9, revive=0.0):
@@ -374,7 +376,7 @@ def test_eq5_one_step_of_the_loss_against_a_plain_sum():
 
 
 def transform_of_tokenizer(args):
-    return data.tokenizer_transform(args.image_size, args.crop_min, args.augment)
+    return transforms.tokenizer(args.image_size, args.crop_min, args.augment)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -456,8 +458,101 @@ def test_eq7_one_step_of_the_loss_against_a_plain_loop():
 
 
 def transform_of_pretrain(args):
-    augment = data.pretrain_transform(args.image_size, args.crop_min, args.jitter, args.augment)
+    augment = transforms.pretrain(args.image_size, args.crop_min, args.jitter, args.augment)
     return pretrain.AugmentAndMask(augment, 4, round(args.mask_ratio * 16), args.mask_block)
+
+
+# ------------------------------------------------------------------------------------------------
+# Eq. 8: the adversarial ablation
+
+class Judge(torch.nn.Module):
+    """A discriminator of two weights, so that logits are of all sizes: (B, 3, H, W) → (B, 1, 2, 2).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(4.0))
+        self.shift = torch.nn.Parameter(torch.tensor(-0.5))
+
+    def forward(self, images):
+        patches = F.adaptive_avg_pool2d(images.mean(1, keepdim=True), 2)
+        return 20 * self.scale * patches + self.shift
+
+
+def test_eq8_against_plain_loops():
+    """D: −log D(x) − log(1 − D(x̂)); the tokenizer: −log D(x̂); D is a sigmoid, of each patch."""
+    judge = Judge()
+    x = pixels(3, 3, 8, 8)
+    x_hat = pixels(3, 3, 8, 8, seed=1)
+    l_fool, l_judge = tokenizer.adversarial(judge, judge, x, x_hat)
+
+    def probabilities(images):
+        return [1 / (1 + math.exp(-logit)) for logit in judge(images).flatten().tolist()]
+
+    real, fake = probabilities(x), probabilities(x_hat)
+    assert len(real) == len(fake) == 3 * 4
+    assert min(real) < 0.2 and max(real) > 0.8
+    fool = judged = 0.0
+    for d_real, d_fake in zip(real, fake, strict=True):
+        fool -= math.log(d_fake) / 12
+        judged -= (math.log(d_real) + math.log(1 - d_fake)) / 12
+    assert l_fool.item() == pytest.approx(fool, rel=1e-4)
+    assert l_judge.item() == pytest.approx(judged, rel=1e-4)
+
+
+def test_eq8_each_term_has_a_gradient_to_its_own_network_alone():
+    torch.manual_seed(0)
+    judge = tokenizer.PatchDiscriminator(16)
+    weights_of_judge = list(judge.parameters())
+    x = pixels(2, 3, 32, 32).requires_grad_()
+    x_hat = pixels(2, 3, 32, 32, seed=1).requires_grad_()
+    l_fool, l_judge = tokenizer.adversarial(judge, judge, x, x_hat)
+
+    def gradients(loss, inputs):
+        return torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True)
+
+    assert all(gradient is None for gradient in gradients(l_fool, weights_of_judge))
+    assert gradients(l_judge, [x_hat]) == (None,)
+    assert gradients(l_fool, [x]) == (None,)
+    assert gradients(l_fool, [x_hat])[0].abs().sum() > 0
+    assert all(gradient.abs().sum() > 0 for gradient in gradients(l_judge, weights_of_judge))
+
+
+def test_eq8_each_term_improves_what_it_should():
+    """A step against l_fool raises D(x̂); one against l_judge raises D(x) and lowers D(x̂)."""
+    torch.manual_seed(0)
+    judge = tokenizer.PatchDiscriminator(16)
+    x = pixels(2, 3, 32, 32)
+    x_hat = pixels(2, 3, 32, 32, seed=1).requires_grad_()
+    l_fool, l_judge = tokenizer.adversarial(judge, judge, x, x_hat)
+    direction, = torch.autograd.grad(l_fool, x_hat, retain_graph=True)
+    fake = judge(x_hat).mean()
+    assert judge(x_hat - direction / direction.norm()).mean() > fake
+    real = judge(x).mean()
+    l_judge.backward()
+    with torch.no_grad():
+        for parameter in judge.parameters():
+            parameter -= 0.01 * parameter.grad
+        assert judge(x).mean() - judge(x_hat).mean() > real - fake
+
+
+def test_eq8_the_discriminator_is_patch_based():
+    """VQGAN's: 2.8 M weights, and a field of 70 × 70 pixels a logit, but for the norms' statistics.
+    """
+    torch.manual_seed(0)
+    judge = tokenizer.PatchDiscriminator()
+    assert 2.7e6 < sum(p.numel() for p in judge.parameters()) < 2.8e6
+    for name, module in judge.named_children():
+        if isinstance(module, torch.nn.GroupNorm):
+            setattr(judge, name, torch.nn.Identity())
+    x = pixels(1, 3, 128, 128).requires_grad_()
+    logits = judge(x)
+    assert logits.shape == (1, 1, 14, 14)
+    logits[0, 0, 7, 7].backward()
+    seen = x.grad[0].abs().amax(0) > 0                                          # (128, 128)
+    rows, columns = seen.any(1).nonzero(), seen.any(0).nonzero()
+    assert rows.max() - rows.min() + 1 == 70
+    assert columns.max() - columns.min() + 1 == 70
 
 
 # ------------------------------------------------------------------------------------------------
@@ -582,10 +677,10 @@ def test_encode_at_another_grid(small_tokenizer, grid):
 def test_tokenizer_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="image size 18 .* stride 4"):
         VQTokenizer(18, channels=(16, 16, 16))
-    with pytest.raises(ValueError, match=r"\[16, 20\].*multiples of 16"):
+    with pytest.raises(ValueError, match=r"\[16, 20, 16, 20\].*multiples of 16"):
         VQTokenizer(16, channels=(16, 20))
 
 
 def test_discriminator_judges_patches():
     judge = tokenizer.PatchDiscriminator(16)
-    assert judge(pixels(2, 3, 32, 32)).shape == (2, 1, 3, 3)
+    assert judge(pixels(2, 3, 32, 32)).shape == (2, 1, 2, 2)

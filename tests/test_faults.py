@@ -31,6 +31,7 @@ import data
 import finetune
 import logbook
 import runtime
+import transforms
 from logbook import Run
 from weights import network_of
 
@@ -344,6 +345,14 @@ def test_an_unwritable_output_fails_before_the_first_step(capsys, monkeypatch):
 # ------------------------------------------------------------------------------------------------
 # 5. to 9. Two ranks
 
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    # torchrun keeps one store through all restarts, and gloo may find there the address of a
+    # process that has died (torch 2.14). With this each restart has a store of its own.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+
+
 @contextlib.contextmanager
 def torchrun(stage, faults, *flags, ranks=2, launcher=()):
     """A stage with faults under torchrun; the process, its output in output.txt."""
@@ -352,7 +361,7 @@ def torchrun(stage, faults, *flags, ranks=2, launcher=()):
                str(ROOT / "tests" / "faulty.py"), stage, *faults, "--", *flags]
     with open("output.txt", "ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True,
-                                   env=os.environ | dict(OMP_NUM_THREADS="1"))
+                                   env=os.environ | ENVIRONMENT)
     try:
         yield process
     finally:
@@ -548,7 +557,7 @@ def test_a_replacement_is_never_a_held_out_image(folder):
     dataset = data.load_dataset("set", "train", 16)
     paths = [path for path, _ in dataset.samples]
     bad = next(i for i, path in enumerate(paths) if path.endswith("bee/0.jpg"))
-    samples = data.Samples(dataset, data.eval_transform(16), 0, indices=[bad, 3], skip=1)
+    samples = data.Samples(dataset, transforms.evaluation(16), 0, indices=[bad, 3], skip=1)
     for epoch in range(5):
         image, label = samples[epoch, bad]
         assert torch.equal(image, samples[epoch, 3][0])
@@ -579,9 +588,9 @@ def test_images_of_all_kinds(kind, folder):
         path.parent.mkdir(parents=True)
         image.save(path)
     dataset = data.load_dataset("set", "train", 32)
-    evaluated = data.eval_transform(32, 1.0)
-    for transform in (evaluated, data.pretrain_transform(32),
-                      data.pretrain_transform(32, form="batch")):
+    evaluated = transforms.evaluation(32, 1.0)
+    for transform in (evaluated, transforms.pretrain(32),
+                      transforms.pretrain(32, form="batch")):
         pixels, _ = data.Samples(dataset, transform, 0)[0, 0]
         if isinstance(pixels, tuple):                       # form "batch": with drawn numbers
             pixels = pixels[0]

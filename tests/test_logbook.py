@@ -245,9 +245,11 @@ def test_an_evaluation_without_a_figure_is_not_the_best():
 def test_stopped_before_an_evaluation_it_is_evaluated_when_it_goes_on():
     trained(10, steps=10)                                   # killed at the end, before that
     assert "best.pt" not in files()
+    before = Path("run/step-00000010.pt").stat()
     again = Stage(steps=10)
     assert again.begin() == 10
     again.train(10, metric={10: 4.0}.get)
+    assert Path("run/step-00000010.pt").stat().st_ino == before.st_ino      # not written again
     assert again.run.best == checkpoint.load("run/best.pt")["best"] == 4.0
     assert checkpoint.load("run")["best"] is None
 
@@ -537,26 +539,25 @@ def test_a_line_is_the_average_since_the_one_before():
 
 
 def test_images_per_second_are_of_training_alone(monkeypatch):
-    """Two seconds a step of four images; what saves and evaluations take does not count."""
+    """Two seconds a step of four images; what a save or an evaluation takes does not count."""
     now = 1000.0
     monkeypatch.setattr(logbook.time, "time", lambda: now)
-    run = new_run(log_every=5, steps=10)
-    for step in range(11):
-        now += 50                                           # between steps
-        if run.due(step):
+    run = new_run(log_every=5, steps=20)
+    for step in range(20):
+        if run.due(step):                                   # the ways of stages: a save alone, …
             now += 100
             run.save(step)
-            now += 300
-            run.log_evaluation(step, split="val")
-            now += 1000
-            run.keep_best(step, float(step))
-        if step == 10:
-            break
+            if step >= 10:
+                now += 100
+                run.log_evaluation(step, split="val")
+            if step >= 15:
+                now += 100
+                run.keep_best(step, 1.0)
         now += 2
         run.add(loss=torch.tensor(1.0))
         run.check_finite(images)
         run.log(step + 1)
-    assert [row["images_per_s"] for row in rows()[1:] if "split" not in row] == [2.0, 2.0]
+    assert [row["images_per_s"] for row in rows()[1:] if "split" not in row] == [2.0] * 4
 
 
 def test_a_report_is_logged_and_returned():

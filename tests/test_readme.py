@@ -13,7 +13,7 @@ import pretrain
 import segment
 import teacher
 import tokenizer
-from tools import bench, codewords, export, plan, report
+from tools import attack, bench, codewords, export, figures, plan, report
 
 STAGES = {module.__name__: module
           for module in (teacher, tokenizer, pretrain, finetune, segment, detect)}
@@ -91,7 +91,8 @@ def test_paper_map_points_at_code():
 @pytest.mark.parametrize("doc", DOCS)
 def test_flags_exist(doc):
     sources = [ROOT / f"{stage}.py" for stage in STAGES]
-    sources += [ROOT / "runtime.py", ROOT / "data.py", *(ROOT / "tools").glob("*.py")]
+    sources += [ROOT / name for name in ("runtime.py", "data.py", "weights.py")]
+    sources += (ROOT / "tools").glob("*.py")
     known = "".join(path.read_text() for path in sources)
     flags = set(re.findall(r"--[a-z][a-z-]+", DOCS[doc])) - TORCHRUN
     assert doc != "README.md" or len(flags) > 15
@@ -126,10 +127,11 @@ def parse(script, flags, monkeypatch):
         assert (ROOT / script.replace(".", "/")).with_suffix(".py").exists()
         assert flags == []
         return None
-    tools = {"tools.plan": plan, "tools.bench": bench, "tools.codewords": codewords}
+    tools = {"tools.plan": plan, "tools.bench": bench, "tools.codewords": codewords,
+             "tools.attack": attack}
     if script in tools:
         return tools[script].get_args(flags)
-    tool = {"tools.export": export, "tools.report": report}[script]
+    tool = {"tools.export": export, "tools.report": report, "tools.figures": figures}[script]
     plain = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self, argv):

@@ -455,15 +455,29 @@ def test_drop_path_rises_to_the_last_block():
 
 def test_initial_weights_shrink_with_depth():
     torch.manual_seed(0)
-    vit = VisionTransformer(16, 4, dim=64, depth=4, heads=2, classes=10)
+    vit = VisionTransformer(16, 4, dim=64, depth=4, heads=2, codes=10)
     std = 0.5397 * 0.02                 # of a normal distribution cut off at its own σ = 0.02
+    assert vit.patch_embed.proj.weight.abs().max() <= 0.02 and not vit.patch_embed.proj.bias.any()
     for i, block in enumerate(vit.blocks, 1):
         assert math.isclose(block.attn.qkv.weight.std().item(), std, rel_tol=0.05)
         assert block.attn.qkv.weight.abs().max() <= 0.02
         for layer in (block.attn.proj, block.mlp.fc2):
             expected = std / math.sqrt(2 * i)
             assert math.isclose(layer.weight.std().item(), expected, rel_tol=0.05)
-    assert vit.head.weight.std() < 1e-4
+
+
+def test_initial_weights_outside_pre_training():
+    """Cut off at ±2 and not at σ; the patch projection is PyTorch's; the classifier is small."""
+    torch.manual_seed(0)
+    vit = VisionTransformer(16, 4, dim=64, depth=4, heads=2, positions="block", classes=10)
+    for block in vit.blocks:
+        assert math.isclose(block.attn.qkv.weight.std().item(), 0.02, rel_tol=0.05)
+        assert block.attn.qkv.weight.abs().max() > 0.04
+    bound = 1 / math.sqrt(3 * 4 * 4)                        # nn.Conv2d's uniform draw
+    assert 0.9 * bound < vit.patch_embed.proj.weight.abs().max() <= bound
+    assert vit.patch_embed.proj.bias.any() and vit.head.weight.std() < 1e-4
+    plain = VisionTransformer(16, 4, dim=64, depth=1, heads=2, positions="absolute")
+    assert plain.cls_token.abs().max() < 1e-5               # MoCo v3: σ = 1e-6
 
 
 def test_param_groups_by_hand():

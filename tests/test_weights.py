@@ -1,12 +1,16 @@
 """Networks from weights: for another task, of our own runs, of other projects' files."""
+import argparse
 import copy
+import math
 import urllib.error
 
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
 from conftest import COMMON, run
 from test_stages import fails, log, newest
-from test_vit import pixels, randomize, tiny_vit
+from test_vit import pixels, randomize, seeded, statistics, tiny_vit
 
 import checkpoint
 import finetune
@@ -19,6 +23,7 @@ from model import (
     resize_bias_table,
     resize_positions,
 )
+from runtime import InputError
 from weights import load_backbone
 
 # ------------------------------------------------------------------------------------------------
@@ -111,6 +116,17 @@ def test_the_perceptual_network_is_the_teachers(chain):
     assert digest == state["digest"]
 
 
+def as_moco_v3(network, head="head"):
+    """What MoCo v3's files hold: a network, its momentum copy, projectors in place of its head."""
+    state = {f"module.base_encoder.{head}.0.weight": torch.ones(8, 32),
+             "module.predictor.0.weight": torch.ones(4, 4)}
+    for key, value in network.state_dict().items():
+        if not key.startswith(f"{head}."):
+            state[f"module.base_encoder.{key}"] = value
+            state[f"module.momentum_encoder.{key}"] = value + 1
+    return dict(epoch=300, arch="vit_base", state_dict=state, optimizer={}, scaler={})
+
+
 @pytest.fixture
 def moco_v3_file(monkeypatch):
     """A file as MoCo v3 publishes it, of a tiny network that stands for ViT-B; its own weights."""
@@ -119,15 +135,8 @@ def moco_v3_file(monkeypatch):
     network = VisionTransformer(
         **model.SIZES["base"], positions="absolute", layer_scale=0.0,
         mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    own = network.state_dict()
-    state = {"module.base_encoder.head.0.weight": torch.ones(8, 32),
-             "module.predictor.0.weight": torch.ones(4, 4)}
-    for key, value in own.items():
-        state[f"module.base_encoder.{key}"] = value
-        state[f"module.momentum_encoder.{key}"] = value + 1
-    contents = dict(epoch=300, arch="vit_base", state_dict=state, optimizer={}, scaler={})
-    torch.save(contents, "vit-b-300ep.pth.tar")
-    return own
+    torch.save(as_moco_v3(network), "vit-b-300ep.pth.tar")
+    return network.state_dict()
 
 
 def test_official_moco_v3_file_as_perceptual_network(moco_v3_file):
@@ -159,6 +168,186 @@ def test_published_beit_file_begins_fine_tuning(chain):
     assert newest("run")["args"]["init_digest"] is None
 
 
+def test_a_file_with_its_arguments_beside_the_weights(chain):
+    """BEiT's and MAE's have args=argparse.Namespace(…) in them; nothing else is unpickled."""
+    state = newest(chain.pretrain)["model"]
+    contents = dict(model=state, epoch=799, args=argparse.Namespace(lr=1.5e-3, model="beit_base"))
+    torch.save(contents, "beit.pth")
+    assert checkpoint.load("beit.pth")["args"].lr == 1.5e-3
+    run("finetune", "--init", "beit.pth", "--steps", "1", "--output", "run")
+    assert math.isfinite(log("run")[-1]["loss"])
+
+
+class Hostile:
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+def test_a_file_that_would_execute_something_is_refused(folder):
+    contents = dict(model={}, args=argparse.Namespace(lr=Hostile()))
+    torch.save(contents, "hostile.pth")
+    with pytest.raises(InputError, match="no sound checkpoint"):
+        checkpoint.load("hostile.pth")
+    assert not (folder / "executed").exists()
+    torch.load("hostile.pth", weights_only=False)           # the trap works
+    assert (folder / "executed").exists()
+
+
+def begun(path, *flags):
+    """The ViT with which fine-tuning begins, in eval mode, and its arguments."""
+    args = finetune.get_args([*COMMON, "--init", path, *flags])
+    network, model_args = finetune.build(args, 10, checkpoint.load(path))
+    return network.eval(), model_args
+
+
+def test_a_deepspeed_file_begins_fine_tuning(chain):
+    """DeepSpeed's hold the weights under "module"."""
+    state = newest(chain.pretrain)["model"]
+    torch.save(dict(module=state, optimizer=None, global_steps=7), "deepspeed.pt")
+    network, _ = begun("deepspeed.pt")
+    assert torch.equal(network.blocks[2].mlp.fc2.weight, state["blocks.2.mlp.fc2.weight"])
+
+
+def beit_weights(dim=64, depth=4, patches=16, patch_size=8):
+    """Random weights by the names of BEiT's files with absolute positions."""
+    generator = seeded()
+
+    def drawn(*shape):
+        return 0.2 * torch.randn(*shape, generator=generator)
+
+    state = {"cls_token": drawn(1, 1, dim), "mask_token": drawn(1, 1, dim),
+             "pos_embed": drawn(1, 1 + patches, dim),
+             "patch_embed.proj.weight": drawn(dim, 3, patch_size, patch_size),
+             "patch_embed.proj.bias": drawn(dim),
+             "norm.weight": drawn(dim), "norm.bias": drawn(dim),
+             "lm_head.weight": drawn(32, dim), "lm_head.bias": drawn(32)}
+    for i in range(depth):
+        for name in ("gamma_1", "gamma_2", "norm1.weight", "norm1.bias", "norm2.weight",
+                     "norm2.bias", "attn.q_bias", "attn.v_bias", "attn.proj.bias", "mlp.fc2.bias"):
+            state[f"blocks.{i}.{name}"] = drawn(dim)
+        state[f"blocks.{i}.attn.qkv.weight"] = drawn(3 * dim, dim)
+        state[f"blocks.{i}.attn.proj.weight"] = drawn(dim, dim)
+        state[f"blocks.{i}.mlp.fc1.weight"] = drawn(4 * dim, dim)
+        state[f"blocks.{i}.mlp.fc1.bias"] = drawn(4 * dim)
+        state[f"blocks.{i}.mlp.fc2.weight"] = drawn(dim, 4 * dim)
+    return state
+
+
+def beit_tokens(state, images, heads=2, depth=4):
+    """BEiT's forward pass by hand: images as its network takes them → tokens after the blocks."""
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
+
+    x = F.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], 8)
+    x = x.flatten(2).mT                                                         # (B, N, D)
+    x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], 1) + state["pos_embed"]
+    for i in range(depth):
+        own = {key.removeprefix(f"blocks.{i}."): value for key, value in state.items()}
+        q, k, v = (norm(x, f"blocks.{i}.norm1") @ own["attn.qkv.weight"].T).chunk(3, -1)
+        q, v = q + own["attn.q_bias"], v + own["attn.v_bias"]               # keys have no bias
+        outputs = []
+        for q_h, k_h, v_h in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1),
+                                 strict=True):
+            scores = q_h @ k_h.mT / math.sqrt(q_h.shape[-1])                    # (B, 1+N, 1+N)
+            outputs.append(scores.softmax(-1) @ v_h)
+        attended = torch.cat(outputs, -1) @ own["attn.proj.weight"].T + own["attn.proj.bias"]
+        x = x + own["gamma_1"] * attended
+        hidden = norm(x, f"blocks.{i}.norm2") @ own["mlp.fc1.weight"].T + own["mlp.fc1.bias"]
+        x = x + own["gamma_2"] * (F.gelu(hidden) @ own["mlp.fc2.weight"].T + own["mlp.fc2.bias"])
+    return x
+
+
+@pytest.mark.parametrize("name", ["half", "imagenet"])
+def test_beit_with_absolute_positions_is_the_same_function(name):
+    """Its q_bias and v_bias become one bias; --statistics says what its inputs were."""
+    state = beit_weights()
+    torch.save(dict(model=state), "beit.pth")
+    network, model_args = begun("beit.pth", "--statistics", name)
+    assert model_args["positions"] == "absolute"
+    mean, std = statistics() if name == "imagenet" else (0.5, 0.5)
+    x = pixels(2, 3, 32, 32)
+    expected = beit_tokens(state, ((x + 1) / 2 - mean) / std)
+    assert torch.allclose(network.tokens(x, [4])[0], expected, rtol=1e-3, atol=1e-3)
+    assert len(state) == len(beit_weights())                # the file's own are left alone
+
+
+# ------------------------------------------------------------------------------------------------
+# Input statistics
+
+def input_statistics(network):
+    return network.mean.flatten().tolist(), network.std.flatten().tolist()
+
+
+def test_statistics_of_a_foreign_file_are_the_flags(chain):
+    torch.save(newest(chain.pretrain)["model"], "bare.pt")
+    network, model_args = begun("bare.pt", "--statistics", "imagenet")
+    mean, std = input_statistics(network)
+    assert mean == pytest.approx(IMAGENET_MEAN)
+    assert std == pytest.approx(IMAGENET_STD)
+    again = VisionTransformer(**model_args)                 # they are kept for the next stage
+    assert input_statistics(again) == input_statistics(network)
+    assert input_statistics(begun("bare.pt")[0]) == ([0.5] * 3, [0.5] * 3)
+
+
+def test_statistics_of_our_own_checkpoint_are_its_own(chain):
+    network, _ = begun(str(chain.pretrain), "--statistics", "imagenet")
+    assert input_statistics(network) == ([0.5] * 3, [0.5] * 3)
+    network, _ = begun(str(chain.teacher), "--statistics", "half")
+    assert input_statistics(network)[0] == pytest.approx(IMAGENET_MEAN)
+
+
+def test_statistics_of_moco_v3s_file_are_imagenets(moco_v3_file):
+    network, _ = begun("vit-b-300ep.pth.tar", "--statistics", "half", "--model", "base",
+                       "--image-size", "64", "--patch-size", "16")
+    assert input_statistics(network)[1] == pytest.approx(IMAGENET_STD)
+
+
+# ------------------------------------------------------------------------------------------------
+# ResNet-50 as the perceptual network
+
+@pytest.fixture
+def small_resnet50(monkeypatch):
+    """One block a stage: the names of ResNet-50's weights, and its widths."""
+    def build():
+        return torchvision.models.resnet.ResNet(
+            torchvision.models.resnet.Bottleneck, [1, 1, 1, 1])
+
+    monkeypatch.setattr(torchvision.models, "resnet50", build)
+    torch.manual_seed(0)
+    return build()
+
+
+def test_official_moco_v3_resnet50_as_perceptual_network(small_resnet50, monkeypatch):
+    """Its own weights, not the momentum copy's; a projector stands where torchvision has fc."""
+    torch.save(as_moco_v3(small_resnet50, head="fc"), "r-50-100ep.pth.tar")
+    network, digest = weights.perceptual_network("r-50-100ep.pth.tar")
+    found, given = network.state_dict(), small_resnet50.state_dict()
+    for key in given:
+        if not key.startswith("fc."):
+            assert torch.equal(found[key], given[key]), key
+    # downloaded, it is the same
+    asked = []
+
+    def download(url, **_):
+        asked.append(url)
+        return torch.load("r-50-100ep.pth.tar", weights_only=True)
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    assert weights.perceptual_network("moco_v3_resnet50")[1] == digest
+    assert asked[0].endswith("moco-v3/r-50-100ep/r-50-100ep.pth.tar")
+    run("tokenizer", "--perceptual", "moco_v3_resnet50", "--steps", "1", "--output", "run")
+    assert log("run")[-1]["perceptual"] > 0
+
+
+def test_a_file_that_lacks_a_weight_is_refused_by_its_name(small_resnet50, capsys):
+    contents = as_moco_v3(small_resnet50, head="fc")
+    del contents["state_dict"]["module.base_encoder.layer3.0.conv2.weight"]
+    torch.save(contents, "broken.pth.tar")
+    message = fails(capsys, "tokenizer", "--perceptual", "broken.pth.tar")
+    assert "broken.pth.tar" in message
+    assert "layer3.0.conv2.weight" in message
+
+
 def test_checkpoints_of_another_architecture(capsys, chain, monkeypatch):
     nano = model.SIZES["nano"]                              # ViT-B's weights take long to draw
     monkeypatch.setitem(model.SIZES, "base", nano)
@@ -175,7 +364,7 @@ def test_checkpoints_of_another_architecture(capsys, chain, monkeypatch):
     assert "moco.pt" in fails(capsys, "tokenizer", "--perceptual", "moco.pt")
 
 
-@pytest.mark.parametrize("name", ["moco_v3", "vgg16", "resnet50"])
+@pytest.mark.parametrize("name", weights.DOWNLOADS)
 def test_a_download_that_fails(name, capsys, monkeypatch):
     def fail(*arguments, **keywords):
         raise urllib.error.URLError("no route")

@@ -38,12 +38,12 @@ import finetune
 import pretrain
 import runtime
 import tokenizer
+import transforms
+from codebook import PerceptualLoss, Quantizer
 from model import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     SIZES,
-    PerceptualLoss,
-    Quantizer,
     VisionTransformer,
     block_mask,
     param_groups,
@@ -173,7 +173,7 @@ class Bench:
         return Row(step, self.batch, 3 * flops(forward), 4 * 7 * weights)
 
     def pretraining(self, dtype=None, attention=contextlib.nullcontext, compiled=False):
-        network, _ = pretrain.build(PRETRAIN, codes=TOKENIZER.codebook_size)
+        network, _, _ = pretrain.build(PRETRAIN, codes=TOKENIZER.codebook_size)
         network.to(self.device)
         groups = param_groups(network, PRETRAIN.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
@@ -273,7 +273,7 @@ class Bench:
 
     def pipeline(self, form):
         dataset = data.load_dataset(self.args.data, "train", SIDE)
-        transform = data.pretrain_transform(SIDE, form=form)
+        transform = transforms.pretrain(SIDE, form=form)
         samples = data.Samples(dataset, transform, seed=0)
         return self.reading(lambda index: samples[0, index], dataset)
 
@@ -336,7 +336,7 @@ class Bench:
         T, jitter = torchvision.transforms.v2, PRETRAIN.jitter
         dataset = data.load_dataset(self.args.data, "train", SIDE)
         transform = T.Compose([
-            T.RandomResizedCrop(SIDE, (PRETRAIN.crop_min, 1), interpolation=data.BICUBIC),
+            T.RandomResizedCrop(SIDE, (PRETRAIN.crop_min, 1), interpolation=transforms.BICUBIC),
             T.RandomHorizontalFlip(),
             T.ColorJitter(jitter, jitter, jitter),
             T.PILToTensor(),

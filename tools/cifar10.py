@@ -85,9 +85,9 @@ def ablations(recipe):
             "self-supervised": ("peco", None),
             "supervised": ("supervised", supervised),
         },
-        "Adversarial loss": {
-            "none": ("peco", None),
-            "PatchGAN, 0.1": ("adversarial", "--adversarial-weight 0.1"),
+        "Adversarial weight": {
+            "0": ("peco", None),
+            "0.4": ("adversarial", "--adversarial-weight 0.4"),
         },
         "Codebook size": {
             f"{codes // 2}": (f"codes-{codes // 2}", f"--codebook-size {codes // 2}"),

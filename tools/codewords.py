@@ -17,7 +17,9 @@ import data
 import finetune
 import logbook
 import runtime
-from model import IMAGENET_MEAN, IMAGENET_STD, PerceptualLoss
+import transforms
+from codebook import PerceptualLoss
+from model import IMAGENET_MEAN, IMAGENET_STD
 from weights import load, perceptual_network
 
 DEIT_TINY = "deit_tiny_patch16_224"     # timm's name of the paper's judge, 72.2 % on ImageNet
@@ -89,7 +91,7 @@ def reconstruction_row(args, tokenizer, classifier, perceptual, device):
 
 def batches(args, split):
     dataset = data.load_dataset(args.data, split, args.image_size)
-    transform = data.eval_transform(args.image_size, args.eval_crop)
+    transform = transforms.evaluation(args.image_size, args.eval_crop)
     return data.eval_loader(dataset, transform, args.batch_size, args.workers)
 
 

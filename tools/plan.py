@@ -31,7 +31,8 @@ import segment
 import teacher
 import tokenizer
 import weights
-from model import SIZES, VisionTransformer, VQTokenizer
+from codebook import VQTokenizer
+from model import SIZES, VisionTransformer
 
 STAGES = {module.__name__: module
           for module in (teacher, tokenizer, pretrain, finetune, segment, detect)}
@@ -134,14 +135,21 @@ def plan_tokenizer(args, classes, state):
 
 def plan_pretrain(args, classes, state):
     codes = VQTokenizer(**state.get("model_args", {})).eval().requires_grad_(False)
-    model, _ = pretrain.build(args, len(codes.quantizer.codebook))
+    model, _, _ = pretrain.build(args, len(codes.quantizer.codebook))
     grid = args.image_size // args.patch_size
     masked = round(args.mask_ratio * grid * grid)
 
     def loss(images):                                       # fake tensors take no mask as index
         target = codes.encode(images, grid).flatten(1)[:, :masked]
-        tokens = model.tokens(images, [len(model.blocks)])[0]
-        logits = model.lm_head(model.norm(tokens[:, 1:1 + masked]))
+        if args.mae:
+            tokens, places = model.encoder.embed(images)
+            visible = model.encoder.encode(tokens[:, :-masked], places)
+            hidden = model.decoder.mask_token.expand(len(images), masked, -1)
+            tokens = model.decoder.decode(torch.cat([model.decoder.embed(visible), hidden], 1))
+            logits = model.decoder.head(tokens[:, -masked:])
+        else:
+            tokens = model.tokens(images, [len(model.blocks)])[0]
+            logits = model.lm_head(model.norm(tokens[:, 1:1 + masked]))
         return F.cross_entropy(logits.flatten(0, 1), target.flatten())
     return model, [codes], loss
 

@@ -12,18 +12,11 @@ import html
 import io
 import json
 import math
-import random
 import sys
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from PIL import Image
-
-import data
-from model import block_mask
 from runtime import InputError
-from weights import load
+from tools.figures import masked_predictions, sheet
 
 COLOURS = (                     # of the runs, in their order
     "#2f7ed8", "#d9480f", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#8a6d00", "#495057")
@@ -172,34 +165,10 @@ def legend(runs):
 # ------------------------------------------------------------------------------------------------
 # Pictures
 
-def masked_predictions(run, images=8):
-    """A PNG of random validation images, a column each, as bytes.
-
-    From the top: the image; the image as the ViT saw it; its codes decoded, in masked places those
-    that the ViT predicts; its true codes decoded.
-    """
-    args = run.args
-    vit, tokenizer = load(run.folder), load(args["tokenizer"])
-    dataset = data.load_dataset(args["data"], "val", args["image_size"])
-    random.seed(0)
-    chosen = random.sample(range(len(dataset)), min(images, len(dataset)))
-    x = torch.stack([vit.preprocess(data.read(dataset, index)[0]) for index in chosen])
-    count = round(args["mask_ratio"] * vit.grid ** 2)
-    masks = torch.stack([block_mask(vit.grid, count, args["mask_block"]) for _ in chosen])
-    with torch.no_grad():
-        true = tokenizer.encode(x, vit.grid)
-        predicted = true.clone()
-        predicted[masks] = vit(x, masks).argmax(1)
-        size = x.shape[2:]
-        hidden = F.interpolate(masks[:, None].float(), size) > 0
-        seen = torch.where(hidden, 0.0, x)                  # grey where it is masked
-        rows = [x, seen]
-        for codes in (predicted, true):
-            rows.append(F.interpolate(tokenizer.decode(codes), size))
-    sheet = torch.cat([torch.cat(list(row), 2) for row in rows], 1)             # (3, 4·H, images·W)
-    pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0)
+def masked_sheet(run):
+    """Columns of a validation image, masked, with predicted and with true codes decoded: a PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(buffer, "PNG")
+    sheet(masked_predictions(run.folder), buffer)
     return buffer.getvalue()
 
 
@@ -220,7 +189,7 @@ def pictures(runs):
         try:
             caption = (f"{run.folder}: validation images, masked, with the predicted codes decoded "
                        "in the masked places, with the true codes decoded")
-            figures.append(picture(masked_predictions(run), caption))
+            figures.append(picture(masked_sheet(run), caption))
         except InputError as error:                         # its tokenizer or data are gone
             caption = escape(f"{run.folder}: no masked predictions: {error}")
             figures.append(f"<figure><figcaption>{caption}</figcaption></figure>")

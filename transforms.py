@@ -1,0 +1,118 @@
+"""The transforms of each stage: PIL image → float32 (3, H, W) with pixels in [-1, 1].
+
+Each is written once, for both forms of --augment: augment.py's steps have the names and arguments
+of torchvision's.
+"""
+import numpy as np
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as T
+
+import augment
+
+BICUBIC = InterpolationMode.BICUBIC                         # BEiT's
+
+
+def to_rgb(image):
+    """A decoded RGB image of a PIL image of any mode."""
+    image.load()
+    if image.mode.startswith("I"):                          # 16 bits: PIL would clip them at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_pixels(image, *target):
+    """Where pixels get their range: PIL image → float32 (3, H, W), [0, 255] → [-1, 1]."""
+    pixels = T.functional.pil_to_tensor(image).float() / 127.5 - 1
+    return (pixels, *target) if target else pixels
+
+
+class Each(T.Compose):
+    """--augment image: each image by itself, in a worker. augment.Batch is the other form.
+
+    The steps, then to_pixels, then what is applied to pixels.
+    """
+
+    def __init__(self, steps, on_pixels=()):
+        super().__init__([*steps, to_pixels, *on_pixels])
+
+    @staticmethod
+    def finish(batch):
+        return batch
+
+
+class Joint(Each):
+    """The same for (PIL image, target), both under the same draws."""
+
+
+FORMS = {"image": (T, Each), "batch": (augment, augment.Batch)}
+
+
+def pretrain(size, crop_min=0.08, jitter=0.4, form="image"):
+    """BEiT's: colour jitter, random resized crop, flip."""
+    t, compose = FORMS[form]
+    steps = [
+        t.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC),
+        t.RandomHorizontalFlip(),
+    ]
+    if jitter:
+        # First, as in BEiT. Form "batch" crops images of another size before it, in the worker:
+        # there contrast is about the mean of the crop.
+        steps.insert(0, t.ColorJitter(jitter, jitter, jitter))
+    return compose(steps)
+
+
+def tokenizer(size, crop_min=0.08, form="image"):
+    """Random resized crop and flip; our choice, the paper is silent."""
+    t, compose = FORMS[form]
+    crop = t.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC)
+    return compose([crop, t.RandomHorizontalFlip()])
+
+
+def teacher(size, crop_min=0.08, form="image"):
+    """MoCo v3's two views: BYOL's (its appendix B), with a crop of at least 8 %, bilinear.
+
+    Returns two transforms. The blur's kernel is a tenth of the image, as there; below 64 px there
+    is no blur (our choice).
+    """
+    t, compose = FORMS[form]
+    kernel = int(0.1 * size) // 2 * 2 + 1                   # odd
+
+    def view(blur, solarize):
+        steps = [
+            t.RandomResizedCrop(size, (crop_min, 1)),
+            t.RandomApply([t.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            t.RandomGrayscale(0.2),
+        ]
+        if size >= 64:
+            steps.append(t.RandomApply([t.GaussianBlur(kernel, (0.1, 2.0))], p=blur))
+        steps.append(t.RandomSolarize(128, p=solarize))
+        steps.append(t.RandomHorizontalFlip())
+        return compose(steps)
+
+    return view(blur=1.0, solarize=0.0), view(blur=0.1, solarize=0.2)
+
+
+def finetune(size, crop_min=0.08, magnitude=27, erasing=0.25, form="image"):
+    """BEiT's: random resized crop, flip, RandAugment, random erasing by noise.
+
+    Its RandAugment is timm's: two operations, each with probability ½, at magnitude 9 of 10. Here
+    they are torchvision's, at `magnitude` of 30, without timm's noise of 0.5 on the magnitude.
+    """
+    t, compose = FORMS[form]
+    steps = [
+        t.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC),
+        t.RandomHorizontalFlip(),
+    ]
+    if magnitude:
+        operation = t.RandAugment(1, magnitude, interpolation=BICUBIC, fill=[128] * 3)
+        steps.append(t.RandomApply([operation]))
+        steps.append(t.RandomApply([operation]))
+    if erasing:
+        return compose(steps, on_pixels=[t.RandomErasing(erasing, value="random")])
+    return compose(steps)
+
+
+def evaluation(size, crop=0.875):
+    """The shorter side to size / crop, then the centre; crop = 1 if images come at their size."""
+    return T.Compose([to_rgb, T.Resize(round(size / crop), BICUBIC), T.CenterCrop(size), to_pixels])
