@@ -35,11 +35,11 @@ from runtime import InputError, rank, world_size
 class Quantizer(nn.Module):
     """Nearest-neighbour codebook in L2, learned by exponential moving averages (PeCo, Eq. 1–3, 5).
 
-    The codebook term ‖sg[Enc(x)] − e‖² of Eq. 3 is in no loss: the moving averages realise it
+    The codebook term ‖sg[Enc(x)] − z_q‖² of Eq. 3 is in no loss: the moving averages realise it
     (VQ-VAE, appendix A.1; PeCo's default). Everything is in fp32 whatever the autocast: distances
     in half precision find wrong neighbours.
 
-    In training, forward only gathers the batch's vectors. update(), called where the optimizer
+    In training, forward only keeps the batch's vectors. update(), called where the optimizer
     steps, moves the codebook by those of the global batch, the same way on all ranks.
 
     size: K; dim: D of a code; decay: γ of the averages, a step; revive: a code whose average use
@@ -52,7 +52,7 @@ class Quantizer(nn.Module):
         self.register_buffer("codebook", torch.zeros(size, dim))                # e (K, D)
         self.register_buffer("count", torch.zeros(size))                        # N: average of n
         self.register_buffer("sum", torch.zeros(size, dim))                    # m: average of Σ z_e
-        self.gathered = []                                  # (vectors, codes) of each micro-batch
+        self.pending = []                                  # (vectors, codes) of each micro-batch
 
     @torch.no_grad()
     def nearest(self, z):
@@ -80,24 +80,25 @@ class Quantizer(nn.Module):
             z_e = z_e.to(self.codebook.dtype)
             codes = self.encode(z_e)
             if self.training:
-                self.gathered.append((rows_of(z_e.detach()), codes.flatten()))
+                self.pending.append((rows_of(z_e.detach()), codes.flatten()))
             e = self.lookup(codes)                                              # (B, D, h, w)
-            l_commit = F.mse_loss(z_e, e.detach())          # ‖sg[z_q] − Enc(x)‖², Eq. 3
+            # ‖sg[z_q] − Enc(x)‖² of Eq. 3, averaged over all numbers as VQGAN does (our choice)
+            l_commit = F.mse_loss(z_e, e.detach())
             z_q = z_e + (e - z_e).detach()                  # straight through: dz_q/dz_e = 1
             return z_q, codes, l_commit
 
     @torch.no_grad()
     def initialize(self, generator):
-        """Codes := random vectors of the gathered global batch, each counted as used equally."""
-        vectors = self.gather()[0]                                              # (parts, R, D)
+        """Codes := random vectors of the pending global batch, each counted as used equally."""
+        vectors, _ = self.take_pending()                                        # (parts, R, D)
         self.codebook.copy_(self.draw(vectors, len(self.codebook), generator))
         self.count.fill_(vectors[..., 0].numel() * world_size() / len(self.count))
         self.sum.copy_(self.codebook * self.count[:, None])
 
     @torch.no_grad()
     def update(self, generator):
-        """A step of the averages over the gathered global batch; generator: alike on all ranks."""
-        vectors, codes = self.gather()
+        """A step of the averages over the pending global batch; generator: alike on all ranks."""
+        vectors, codes = self.take_pending()
         n = torch.bincount(codes, minlength=len(self.count)).to(self.count.dtype)   # uses (K,)
         total = torch.zeros_like(self.sum)                                          # Σ z_e (K, D)
         total.index_add_(0, codes, vectors.flatten(0, 1))
@@ -108,17 +109,18 @@ class Quantizer(nn.Module):
         self.sum.lerp_(total, 1 - self.decay)               # m ← γm + (1 − γ)Σ z_e
         mean = self.count.mean()
         dead = self.count < self.revive * mean
-        if dead.any():                                      # as if used like the mean: with its old
-            self.sum[dead] = mean * self.draw(vectors, int(dead.sum()), generator)  # averages it
-            self.count[dead] = mean                         # would go back where it was
+        if dead.any():
+            # A revived code counts as used like the mean. With its old averages it would go back.
+            self.sum[dead] = mean * self.draw(vectors, int(dead.sum()), generator)
+            self.count[dead] = mean
         used = self.count[:, None] > 1e-30                  # without revival N and m end at 0
         self.codebook.copy_(torch.where(used, self.sum / self.count[:, None], self.codebook))
 
-    def gather(self):
+    def take_pending(self):
         """This rank's vectors (micro-batches, R, D) and codes (all R,) since the last call."""
-        vectors = torch.stack([rows for rows, _ in self.gathered])
-        codes = torch.cat([codes for _, codes in self.gathered])
-        self.gathered.clear()
+        vectors = torch.stack([rows for rows, _ in self.pending])
+        codes = torch.cat([codes for _, codes in self.pending])
+        self.pending.clear()
         return vectors, codes
 
     def draw(self, vectors, number, generator):

@@ -266,7 +266,7 @@ def load(args, classes):
     found = arguments["classes"]
     if found != classes:
         raise InputError(f"--init {args.init}: has {found} classes, --data {args.data} {classes}")
-    vit = VisionTransformer(**arguments.pop("vit"))
+    vit = VisionTransformer(**weights.vit_arguments(arguments.pop("vit")))
     model = mask_rcnn(vit, **arguments)
     model.load_state_dict(state["model"])
     return model

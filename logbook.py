@@ -177,7 +177,7 @@ class Run:
     def distribute(self, module):
         """DDP under torchrun, else the module itself.
 
-        Buffers are left alone: model.Quantizer keeps its codebook the same on all ranks itself.
+        Buffers are left alone: codebook.Quantizer keeps its codes the same on all ranks itself.
         """
         if not dist.is_initialized():
             return module

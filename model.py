@@ -10,8 +10,8 @@ Shapes, at the right margin:
     B images    N patches = h·w, token 0 is the class token    D width    M masked patches
     K codes of the codebook    V visible patches of an image   H, W pixels    h, w patches
 
-Conventions: pixels are in [-1, 1] (data.py makes them so); masks are True where a patch is masked;
-patches and codes run row by row from the top left.
+Conventions: pixels are in [-1, 1] (transforms.py makes them so); masks are True where a patch is
+masked; patches and codes run row by row from the top left.
 """
 import functools
 import math
@@ -284,12 +284,12 @@ class VisionTransformer(nn.Module):
         return self.encode(torch.cat([x[:, :1], visible], 1), grid)
 
     def encode(self, x, grid):
-        """Tokens (B, ·, D) through all blocks and normalised, without a shared bias."""
+        """Tokens (B, ·, D) through all blocks and normalised. For absolute positions: no bias."""
         for block in self.blocks:
-            x = self.run(block, x, grid)
+            x = self.run_block(block, x, grid)
         return self.norm(x)
 
-    def run(self, block, *inputs):
+    def run_block(self, block, *inputs):
         """A block's output; with checkpoint_activations its activations are made again backward."""
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
@@ -301,7 +301,7 @@ class VisionTransformer(nn.Module):
         shared_bias = self.rel_pos_bias(grid) if self.rel_pos_bias is not None else None
         outputs = {}
         for layer, block in enumerate(self.blocks[:max(layers)], 1):
-            x = self.run(block, x, grid, shared_bias)
+            x = self.run_block(block, x, grid, shared_bias)
             if layer in layers:
                 outputs[layer] = x
         return [outputs[layer] for layer in layers]
@@ -449,9 +449,9 @@ def resize_positions(embedding, h, w):
 def param_groups(model, weight_decay, layer_decay=1.0, vit=""):
     """Optimizer groups with names and an "lr_scale", as BEiT makes them.
 
-    No weight decay on vectors and on the class and position embeddings. A block's lr is that of the
-    head times layer_decay for each layer between: embeddings are layer 0, block i (from 1) layer i,
-    what follows the blocks the last, depth + 1; the shared position bias counts as the last too.
+    No weight decay on vectors and on the class and position embeddings. Layer l has the lr times
+    layer_decay^(depth + 1 − l): embeddings are layer 0, block i (from 1) is layer i, what follows
+    the blocks is the last, depth + 1; the shared position bias counts as the last too.
     vit: name of the ViT in the model, where the model is more; the rest of it counts as the last.
     """
     depth = len(model.get_submodule(vit).blocks)

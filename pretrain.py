@@ -112,8 +112,9 @@ def get_args(argv=None):
 
 
 class AugmentAndMask:
-    """PIL image → (image (3, H, W), mask (h, w)), both drawn from the sample's own seed.
+    """In a worker: PIL image → (what the transform gives, mask (h, w)), by the sample's own seed.
 
+    finish, on the device: a batch of both → images (B, 3, H, W) in [-1, 1], masks (B, h, w).
     count: of masked patches; min_block: of BEiT's block-wise masks; 0: MAE's random masks.
     """
 
@@ -148,7 +149,7 @@ def load_tokenizer(args):
 
 
 def build(args, codes):
-    """The network, what of it is stored by name, and the arguments to build "model" again.
+    """The network, the modules that a checkpoint stores, the arguments to build "model" again.
 
     "model" is the ViT, which the next stage reads; with --mae the decoder is stored beside it.
     """

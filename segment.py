@@ -293,7 +293,8 @@ def load(args, classes):
     found = state["model_args"]["classes"]
     if found != classes:
         raise InputError(f"--init {args.init}: has {found} classes, --data {args.data} {classes}")
-    model = Segmenter(VisionTransformer(**state["model_args"]["vit"]), classes)
+    vit = VisionTransformer(**weights.vit_arguments(state["model_args"]["vit"]))
+    model = Segmenter(vit, classes)
     model.load_state_dict(state["model"])
     return model
 

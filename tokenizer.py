@@ -308,7 +308,7 @@ def main(args):
         batch = [images for images, _ in next(batches)]
         if step == 0:                                    # codes begin as vectors of the first batch
             with torch.no_grad(), autocast:
-                for x in batch:
+                for x in batch:                             # the quantizer keeps their vectors
                     tokenizer.quantizer(tokenizer.encoder(x))
             tokenizer.quantizer.initialize(generator)
 

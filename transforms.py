@@ -1,4 +1,7 @@
-"""The transforms of each stage: PIL image → float32 (3, H, W) with pixels in [-1, 1].
+"""The transforms of each stage. In the end every image is float32 (3, H, W), in [-1, 1].
+
+With --augment image a worker makes that; with batch a worker makes bytes and random numbers, and
+.finish(batch), on the device, the pixels.
 
 Each is written once, for both forms of --augment: augment.py's steps have the names and arguments
 of torchvision's.

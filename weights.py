@@ -78,12 +78,12 @@ def network_of(state):
     """The network of a checkpoint, with random weights."""
     if state["stage"] == "tokenizer":
         return VQTokenizer(**state["model_args"])
-    return VisionTransformer(**vit_arguments(state))
+    return VisionTransformer(**vit_arguments(state["model_args"]))
 
 
-def vit_arguments(state):
-    """Arguments of a checkpoint's ViT. Older ones say pool="mean", which is the only way now."""
-    arguments = dict(state["model_args"])
+def vit_arguments(stored):
+    """A checkpoint's arguments of a ViT. Older ones have pool="mean", which is the only way now."""
+    arguments = dict(stored)
     if arguments.pop("pool", "mean") != "mean":
         raise InputError("a classifier of the class token, which is not built any more: "
                          "fine-tune it anew")
@@ -114,7 +114,7 @@ def transfer(source, state, arguments, **task):
     """
     stage = state.get("stage")
     if stage in ("teacher", "pretrain", "finetune"):
-        arguments, weights = vit_arguments(state), trained_weights(state)
+        arguments, weights = vit_arguments(state["model_args"]), trained_weights(state)
     elif stage:
         raise InputError(f"{source}: found a checkpoint of {stage}, "
                          "expected one of teacher, pretrain or finetune")
@@ -126,8 +126,8 @@ def transfer(source, state, arguments, **task):
         elif "pos_embed" in weights:
             arguments = arguments | MOCO_V3
     arguments = {key: value for key, value in arguments.items() if key != "codes"} | task
-    if arguments["positions"] == "shared":              # BEiT: from here on one bias for each block
-        arguments["positions"] = "block"
+    if arguments["positions"] == "shared":
+        arguments["positions"] = "block"                    # BEiT; load_backbone fills each block
     model = VisionTransformer(**arguments)
     if not weights:
         return model, arguments, list(model.state_dict())

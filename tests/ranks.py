@@ -187,19 +187,22 @@ def check(run, **values):
 
 
 def gradient_of_one_rank(folder):
-    """A gradient that is not finite on the last rank alone, after DDP has averaged it."""
+    """A gradient that is not finite on the last rank alone, after DDP has averaged it.
+
+    Then a loss that is not finite on any rank.
+    """
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 2)
     run = new_run(module, folder)
     network = run.distribute(module)
     found = []
-    for factor in (1.0, math.nan, 1.0):
+    for factor, value in ((1.0, 1.0), (math.nan, 1.0), (1.0, math.inf)):
         run.due(3)
         loss = network(torch.ones(4, 3)).sum()
         (loss * (factor if last_rank() else 1.0)).backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters()])
         try:
-            check(run, loss=1.0, grad_norm=norm.item())
+            check(run, loss=value, grad_norm=norm.item())
             found.append("finite")
         except FloatingPointError as error:
             found.append(str(error))

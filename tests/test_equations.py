@@ -200,7 +200,7 @@ def test_eq3_moving_averages_against_a_plain_loop():
             expected.append([value / count[k] for value in total[k]])
         for found, plain in ((q.count, count), (q.sum, total), (q.codebook, expected)):
             assert torch.allclose(found, torch.tensor(plain, dtype=torch.float64), rtol=1e-12)
-        assert q.gathered == []
+        assert q.pending == []
 
 
 def test_eq3_moving_averages_minimise_the_codebook_term():
@@ -561,7 +561,7 @@ def test_eq8_the_discriminator_is_patch_based():
 def test_evaluation_leaves_the_codebook_alone():
     q = a_quantizer().eval()
     q(vectors(2, 3, 2, 2))
-    assert q.gathered == []
+    assert q.pending == []
 
 
 def test_the_codebook_begins_as_vectors_of_the_batch():
@@ -578,7 +578,7 @@ def test_the_codebook_begins_as_vectors_of_the_batch():
         assert len(q.codebook.unique(dim=0)) == 5
         assert q.count.tolist() == [64 / 5] * 5
         assert torch.allclose(q.sum, q.codebook * 64 / 5, rtol=1e-12)
-        assert q.gathered == []
+        assert q.pending == []
         books.append(q.codebook.tolist())
     assert books[0] == books[1] != books[2]
 
@@ -606,7 +606,7 @@ def test_a_dead_code_starts_anew_with_its_statistics():
     assert torch.equal(q.count[:3], never.count[:3])
     assert (never.codebook[3] == 1000).all()
     q(z)
-    used = int((q.gathered[0][1] == 3).sum())
+    used = int((q.pending[0][1] == 3).sum())
     q.update(seeded())
     assert used > 0
     assert q.codebook[3].abs().max() < 10

@@ -35,7 +35,7 @@ from tools import attack, codewords, figures, plan
 # ------------------------------------------------------------------------------------------------
 # The paper's values: (stage, its argument, value, where the paper says so; "S" is its supplement)
 
-DETAILS = "Pre-training Details"
+DETAILS = "Pre-training Details, or S"
 PAPER_SAYS = [
     ("teacher", "data", "data/imagenet", DETAILS),
     ("teacher", "model", "base", DETAILS),
@@ -63,7 +63,7 @@ PAPER_SAYS = [
     ("pretrain", "mae", False, "Table 8: an ablation"),
     ("pretrain", "model", "base", DETAILS),
     ("pretrain", "patch_size", 16, DETAILS),
-    ("pretrain", "drop_path", 0.1, "S"),
+    ("pretrain", "drop_path", 0.1, DETAILS),
     ("pretrain", "batch_size", 2048, DETAILS),
     ("pretrain", "epochs", 800, "Pre-training Details, Table 2"),
     ("pretrain", "lr", 1.5e-3, DETAILS),
@@ -73,10 +73,10 @@ PAPER_SAYS = [
     ("finetune", "image_size", 224, "Table 1"),
     ("finetune", "model", "base", "Table 1"),
     ("finetune", "patch_size", 16, "Table 1"),
-    ("finetune", "epochs", 100, "Image Classification"),
-    ("finetune", "warmup_epochs", 20, "Image Classification"),
-    ("finetune", "lr", 4e-3, "Image Classification"),
-    ("finetune", "layer_decay", 0.65, "Image Classification"),
+    ("finetune", "epochs", 100, "ImageNet fine-tuning"),
+    ("finetune", "warmup_epochs", 20, "ImageNet fine-tuning"),
+    ("finetune", "lr", 4e-3, "ImageNet fine-tuning"),
+    ("finetune", "layer_decay", 0.65, "ImageNet fine-tuning"),
     ("segment", "data", "data/ade20k", "Table 3"),
     ("segment", "image_size", 512, "S"),
     ("segment", "model", "base", "Table 3"),
@@ -534,7 +534,8 @@ def test_figures_show_what_they_say(runs):
         shown = F.interpolate((patches == 1)[:, None].float(), (64, 64)) == 0
         assert torch.equal(masked * shown, images * shown)
         assert predicted.shape == true.shape == images.shape
-    pixel, peco = ("runs/pixel/tokenizer", "runs/paper/tokenizer")
+    pixel, peco = "runs/pixel/tokenizer", "runs/paper/tokenizer"
+    runs.make(MAKERS[pixel])
     rows = figures.reconstructions([pixel, peco], number=3)
     assert len(rows) == 3
     for path, row in zip((pixel, peco), rows[1:], strict=True):
@@ -544,10 +545,13 @@ def test_figures_show_what_they_say(runs):
 
 def test_an_image_is_nearest_to_itself(runs):
     runs.make(MAKERS["runs/paper/tokenizer"])
-    found = figures.distances("runs/paper/tokenizer", "one.png", ["one.png", "other.png"])
+    found = figures.distances("runs/paper/tokenizer", "one.png", ["other.png", "one.png"])
     assert set(found) == {"L2", "tokens"}
-    for own, other in found.values():
+    for other, own in found.values():
         assert own == 0 < other
+    tokenizer = weights.load("runs/paper/tokenizer")
+    one, other = (tokenizer.preprocess(Image.open(file))[None] for file in ("one.png", "other.png"))
+    assert found["L2"][0] == pytest.approx((one - other).square().mean().item())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -646,12 +650,22 @@ def test_table8_masks_are_random_and_of_an_exact_count(grid, count):
     assert torch.equal(masks, random_masks(400, grid, count))
 
 
-def test_table8_pre_training_draws_random_masks():
+def test_table8_pre_training_draws_random_masks(codes, monkeypatch):
     """--mae takes MAE's masks in place of blocks, by each sample's own seed."""
-    transform = pretrain.AugmentAndMask(lambda image: image, grid=14, count=147, min_block=0)
+    drawn = []
+
+    def recorded(grid, count):
+        drawn.append((grid, count))
+        return random_mask(grid, count)
+
+    monkeypatch.setattr(pretrain, "random_mask", recorded)
+    monkeypatch.setattr(pretrain, "block_mask", None)
+    run("pretrain", "--mae", "--mask-ratio", "0.75", "--tokenizer", codes, "--steps", "2",
+        "--output", "run")
+    assert drawn == [(4, 12)] * 2 * 16
+    transform = pretrain.AugmentAndMask(lambda image: image, grid=4, count=12, min_block=0)
     random.seed(0)
-    mask = transform("an image")[1]
-    assert torch.equal(mask, random_masks(1, 14, 147)[0])
+    assert torch.equal(transform("an image")[1], random_masks(1, 4, 12)[0])
 
 
 def test_table8_its_loss_falls(mae):

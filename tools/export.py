@@ -58,7 +58,7 @@ def rename(weights):
 
 def settings(state):
     """Contents of config.json and preprocessor_config.json for a checkpoint, as two dicts."""
-    vit = vit_arguments(state)
+    vit = vit_arguments(state["model_args"])
     codes, classes = vit.get("codes"), vit.get("classes")
     if vit["positions"] == "absolute" or not (codes or classes):
         raise InputError(
