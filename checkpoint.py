@@ -60,6 +60,12 @@ def files(folder):
     return sorted(Path(folder).glob("step-*.pt"), reverse=True)
 
 
+def folder_of(run):
+    """The folder of a run that is named by it or by one of its checkpoints."""
+    path = Path(run)
+    return path if path.is_dir() else path.parent
+
+
 def load(path, stages=None):
     """The checkpoint in a file, or the newest sound one of a run's folder, on the CPU.
 

@@ -266,7 +266,8 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(((images + 1) / 2 - self.mean) / self.std)         # (B, N, D)
         if mask is not None:                                                    # PeCo, Eq. 6
             x = torch.where(mask.flatten(1).unsqueeze(-1), self.mask_token.to(x.dtype), x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
+        x = x.to(self.cls_token.dtype)                     # under autocast too: as blocks add to it
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         if self.positions == "absolute":
             positions = self.pos_embed if own_size else resize_positions(self.pos_embed, h, w)
             return x + positions, Grid(h, w, None)
@@ -407,7 +408,8 @@ def resize_bias_table(table, h, w):
     old = (side + 1) // 2
     down = torch.tensor(offset_weights(old, h), device=image.device)            # (2h−1, 2g−1)
     across = torch.tensor(offset_weights(old, w), device=image.device)          # (2w−1, 2g−1)
-    image = down @ image @ across.T                                            # (heads, 2h−1, 2w−1)
+    with torch.autocast(table.device.type, enabled=False):
+        image = down @ image @ across.T                                        # (heads, 2h−1, 2w−1)
     return torch.cat([image.flatten(1).T.to(table.dtype), table[-3:]])
 
 

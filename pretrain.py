@@ -194,6 +194,9 @@ def main(args):
     dataset = data.load_dataset(args.data, "train", args.image_size)
     augment = transforms.pretrain(args.image_size, args.crop_min, args.jitter, args.augment)
     masked = round(args.mask_ratio * grid * grid)
+    if not 0 < masked < grid * grid:
+        raise runtime.InputError(f"--mask-ratio {args.mask_ratio}: it masks {masked} of the "
+                                 f"{grid * grid} patches; at least one of each kind is needed")
     min_block = 0 if args.mae else args.mask_block
     transform = AugmentAndMask(augment, grid, masked, min_block)
 

@@ -115,6 +115,20 @@ def catch_signals():
 # ------------------------------------------------------------------------------------------------
 # Arguments: a flag wins over the recipe
 
+def positive(text):
+    """An argument's type: a whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def one_process(tool):
+    """Refuse torchrun for a tool that does not share its work out."""
+    if world_size() > 1:
+        raise InputError(f"this counts on one process: python -m tools.{tool}")
+
+
 def parser(stage, doc):
     """An argument parser with the flags that every stage has. The stage adds its own."""
     p = argparse.ArgumentParser(
@@ -129,12 +143,12 @@ def parser(stage, doc):
                    help="set of defaults, a key of RECIPES at the top of the script")
     shared = p.add_argument_group("flags of every stage")
     shared.add_argument("--output", help="folder of the checkpoints and the log")
-    shared.add_argument("--batch-size", type=int,
+    shared.add_argument("--batch-size", type=positive,
                         help="images of a step, over all ranks and micro-batches")
-    shared.add_argument("--accumulate", type=int, default=1,
+    shared.add_argument("--accumulate", type=positive, default=1,
                         help="micro-batches of a step on each rank; more of them take less memory")
-    shared.add_argument("--epochs", type=int, help="passes over the training set")
-    shared.add_argument("--steps", type=int, help="optimizer steps, in place of --epochs")
+    shared.add_argument("--epochs", type=positive, help="passes over the training set")
+    shared.add_argument("--steps", type=positive, help="optimizer steps, in place of --epochs")
     shared.add_argument("--lr", type=float,
                         help="peak learning rate at the recipe's batch size; "
                              "scaled in proportion to --batch-size")
@@ -143,9 +157,9 @@ def parser(stage, doc):
     shared.add_argument("--amp", choices=["auto", "bf16", "fp32"], default="auto",
                         help="precision; auto is bf16 autocast where the hardware has it")
     shared.add_argument("--compile", action="store_true", help="torch.compile the network")
-    shared.add_argument("--save-every", type=int, default=1,
+    shared.add_argument("--save-every", type=positive, default=1,
                         help="epochs from one checkpoint, and evaluation, to the next")
-    shared.add_argument("--log-every", type=int, default=50,
+    shared.add_argument("--log-every", type=positive, default=50,
                         help="steps from one line of log.jsonl to the next")
     shared.add_argument("--resume", choices=["auto", "force"], default="auto",
                         help="auto: a run found in --output goes on if its arguments are the same; "

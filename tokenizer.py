@@ -110,8 +110,9 @@ def get_args(argv=None):
                    help="a code used less than this share of the mean use starts anew; 0: never")
     p.add_argument("--commitment-weight", type=float, help="β, weight of the commitment term")
     p.add_argument("--perceptual",
-                   help="perceptual network: moco_v3, vgg16 or resnet50 (downloaded), the path of "
-                        "one of their files, or of a teacher.py or finetune.py run")
+                   help="perceptual network: moco_v3, moco_v3_resnet50, vgg16 or resnet50 "
+                        "(downloaded), the path of one of their files, or of a teacher.py or "
+                        "finetune.py run")
     p.add_argument("--perceptual-weight", type=float,
                    help="λ, weight of the perceptual loss; 0: pixel-only codes")
     p.add_argument("--perceptual-layers", type=int, nargs="+",

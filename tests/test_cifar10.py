@@ -219,8 +219,7 @@ def test_codewords_of_known_meaning(blank, folder, monkeypatch):
             for i in range(4):
                 image.save(target / f"{i}.png")
     trained = dict(data="shades", image_size=32, eval_crop=1.0, perceptual="any")
-    stored = SimpleNamespace(load=lambda path, stages: dict(args=trained))
-    monkeypatch.setattr(codewords, "checkpoint", stored)
+    monkeypatch.setattr(codewords.checkpoint, "load", lambda path, stages: dict(args=trained))
     monkeypatch.setattr(codewords, "load", lambda path, stages: Shades(blank))
     monkeypatch.setattr(codewords, "perceptual_network", lambda source: (None, None))
     monkeypatch.setattr(codewords, "PerceptualLoss", lambda network: nn.MSELoss())

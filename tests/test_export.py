@@ -218,3 +218,11 @@ def test_report_of_a_run_whose_tokenizer_is_gone(chain):
         checkpoint.write(path, state)
     report.main(["run"])
     assert "no masked predictions: gone: nothing there" in Path("report.html").read_text()
+
+
+def test_statistics_of_the_inputs_are_exported(chain):
+    run("finetune", "--init", "none", "--statistics", "imagenet", "--steps", "1", "--output", "run")
+    _, processor = export.settings(checkpoint.load("run"))
+    assert processor["image_mean"] == [0.485, 0.456, 0.406]
+    _, own = export.settings(checkpoint.load(chain.finetune))
+    assert own["image_mean"] == own["image_std"] == [0.5] * 3

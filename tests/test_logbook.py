@@ -565,3 +565,9 @@ def test_a_report_is_logged_and_returned():
     assert row == dict(top1=50.0)
     logged, = rows("other/run")
     assert (logged["top1"], logged["split"]) == (50.0, "val")
+
+
+def test_the_folder_of_a_run_or_of_one_of_its_files(folder):
+    (folder / "run").mkdir()
+    assert checkpoint.folder_of("run") == Path("run")
+    assert checkpoint.folder_of("run/best.pt") == Path("run")

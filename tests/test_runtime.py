@@ -2,6 +2,7 @@
 import math
 import os
 import signal
+import sys
 from argparse import Namespace
 
 import pytest
@@ -193,3 +194,34 @@ def test_seeds_are_distinct():
     assert len(set(seeds)) == len(seeds) - 1                # (0, 0, 0) stands twice
     assert all(0 <= seed < 2 ** 63 for seed in seeds)
     assert runtime.derive_seed(1, 2) == runtime.derive_seed(1, 2)
+
+
+@pytest.mark.parametrize("flag", ["--accumulate", "--batch-size", "--save-every", "--log-every",
+                                  "--epochs", "--steps"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many"])
+def test_counts_are_whole_numbers_from_1_on(flag, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(flag, value)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and flag in message and value in message
+
+
+def test_a_tool_that_does_not_share_its_work_refuses_torchrun(monkeypatch):
+    runtime.one_process("attack")
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    with pytest.raises(InputError, match="one process: python -m tools.attack"):
+        runtime.one_process("attack")
+
+
+def test_what_is_printed_never_ends_a_run(monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+    for name, tell in (("stdout", runtime.say), ("stderr", runtime.warn)):
+        monkeypatch.setattr(sys, name, Closed())
+        tell("to nobody")
+        tell("again")

@@ -662,3 +662,9 @@ def test_an_unreadable_image_ends_a_real_process(folder):
     assert process.returncode == 2
     assert errors.startswith("teacher.py: set/train/bee/0.jpg: not a readable image")
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("ratio", ["0", "1", "1.5", "-0.2"])
+def test_a_share_of_masked_patches_that_leaves_nothing_to_learn(ratio, chain, capsys):
+    message = fails(capsys, "pretrain", *chain.inputs["pretrain"], "--mask-ratio", ratio)
+    assert f"--mask-ratio {float(ratio)}: it masks" in message

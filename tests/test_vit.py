@@ -557,3 +557,19 @@ def test_our_plain_vit_is_timms():
         global_pool="avg", fc_norm=True).eval()
     theirs.load_state_dict(classifier.state_dict(), strict=True)
     assert torch.allclose(classifier(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+def test_interpolated_bias_is_in_fp32_under_autocast():
+    table = torch.randn(7 * 7 + 3, 2, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = resize_bias_table(table, 3, 5)
+    assert torch.equal(found, resize_bias_table(table, 3, 5))
+
+
+@pytest.mark.parametrize("layer_scale", [0.0, 0.1])
+def test_what_blocks_add_to_is_in_fp32_under_autocast(layer_scale):
+    vit = VisionTransformer(16, 4, dim=32, depth=2, heads=2, positions="block",
+                            layer_scale=layer_scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = vit.tokens(torch.zeros(1, 3, 16, 16), [1, 2])
+    assert first.dtype == second.dtype == torch.float32

@@ -77,6 +77,7 @@ ATTACKS = dict(clean=unchanged, bim=bim, mim=mim)
 
 
 def main(args):
+    runtime.one_process("attack")
     device = runtime.device()
     trained = checkpoint.load(args.run, ["finetune"])["args"]
     model = load(args.run, ["finetune"]).to(device)
@@ -92,7 +93,7 @@ def main(args):
             attacked = attack(model, pixels, labels)
             hits[name] += (model(attacked).argmax(1) == labels).sum().item()
     row = {name: 100 * number / len(images) for name, number in hits.items()}
-    logbook.append(args.run, attack=True, **row, images=len(images))
+    logbook.append(checkpoint.folder_of(args.run), attack=True, **row, images=len(images))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,11 @@ class DeiT(nn.Module):
             raise runtime.InputError(
                 "--classifier: timm is missing: pip install timm, or name a finetune.py run"
             ) from error
-        self.network = timm.create_model(DEIT_TINY, pretrained=True)
+        try:
+            self.network = timm.create_model(DEIT_TINY, pretrained=True)
+        except OSError as error:                            # no network
+            raise runtime.InputError(f"--classifier {DEIT_TINY}: not downloaded ({error}); "
+                                     "name a finetune.py run") from error
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
 
@@ -96,6 +100,7 @@ def batches(args, split):
 
 
 def main(args):
+    runtime.one_process("codewords")
     device = runtime.device()
     trained = checkpoint.load(args.tokenizer, ["tokenizer"])["args"]
     args.image_size, args.eval_crop = trained["image_size"], trained["eval_crop"]
@@ -110,7 +115,7 @@ def main(args):
     predictions = finetune.linear_probe(train, train_labels, val, int(train_labels.max()) + 1)
     linear = 100 * (predictions == labels).float().mean().item()
     row = reconstruction_row(args, tokenizer, judge.to(device), perceptual, device)
-    logbook.append(args.tokenizer, codewords=True, linear=linear, **row)
+    logbook.append(checkpoint.folder_of(args.tokenizer), codewords=True, linear=linear, **row)
 
 
 if __name__ == "__main__":

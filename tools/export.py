@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+from model import HALF
 from runtime import InputError
 from weights import trained_weights, vit_arguments
 
@@ -99,8 +100,8 @@ def settings(state):
         do_rescale=True,
         rescale_factor=1 / 255,
         do_normalize=True,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
+        image_mean=list(vit.get("mean", HALF)),
+        image_std=list(vit.get("std", HALF)),
     )
     return config, processor
 

@@ -20,6 +20,7 @@ from torchvision.utils import make_grid, save_image
 
 import checkpoint
 import data
+import transforms
 from model import block_mask
 from runtime import InputError
 from weights import load
@@ -35,7 +36,10 @@ def validation_images(args, preprocess, number, seed=0):
 def sheet(rows, file):
     """Write rows of images under one another as a PNG. file: a path, or open."""
     grid = make_grid(torch.cat(rows).clamp(-1, 1), len(rows[0]), pad_value=1.0)
-    save_image(grid, file, format="png", normalize=True, value_range=(-1, 1))
+    try:
+        save_image(grid, file, format="png", normalize=True, value_range=(-1, 1))
+    except OSError as error:
+        raise InputError(f"{file}: not written ({error})") from error
 
 
 # ------------------------------------------------------------------------------------------------
@@ -110,7 +114,7 @@ def distances(run, reference, views):
 
 def open_image(path):
     try:
-        return Image.open(path)
+        return transforms.to_rgb(Image.open(path))
     except OSError as error:
         raise InputError(f"{path}: not a readable image ({error})") from error
 

@@ -95,7 +95,7 @@ def checkpoint_without_weights(path):
         state = checkpoint.load(path)
     except runtime.InputError:
         state = {}
-    if "model_args" not in state and path not in weights.DOWNLOADS:
+    if "model_args" not in state and path != "moco_v3":
         print(f"{path}: not there, or not ours: counted as the paper's, or by --model",
               file=sys.stderr)
     if "model_args" not in state:
@@ -197,7 +197,10 @@ def estimate(args, classes, ranks=1):
     written (a checkpoint): bytes; micro: images of a micro-batch.
     """
     device = runtime.device()
-    micro = args.batch_size // (ranks * args.accumulate)
+    micro, rest = divmod(args.batch_size, ranks * args.accumulate)
+    if rest or not micro:
+        raise runtime.InputError(f"--batch-size {args.batch_size} does not divide into {ranks} "
+                                 f"ranks × {args.accumulate} micro-batches")
     path = getattr(args, READS[args.stage]) if args.stage in READS else "none"
     state = checkpoint_without_weights(path)
     width = args.image_size
