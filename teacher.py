@@ -90,7 +90,7 @@ def get_args(argv=None):
     p.add_argument("--weight-decay", type=float, help="AdamW's weight decay, of matrices")
     p.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up of the lr")
     p.add_argument("--checkpoint-activations", action="store_true",
-                   help="recompute blocks in the backward pass: less memory, a third more time")
+                   help="recompute blocks in the backward pass: less memory, a forward pass more")
     data.add_arguments(p)
     return runtime.parse(p, RECIPES, argv)
 

@@ -186,8 +186,7 @@ def evaluate(args, tokenizer, perceptual, dataset, device):
     transform = transforms.evaluation(args.image_size, args.eval_crop)
     loader = data.eval_loader(dataset, transform, runtime.micro_batch(args), args.workers,
                               indices=shuffled.tolist())    # the pictures show all classes
-    gallery = Gallery(args.output, tokenizer.stride)
-    for images, _ in loader:
+    for number, (images, _) in enumerate(loader):
         images = images.to(device)
         x_hat, codes, _ = tokenizer(images)
         mse = F.mse_loss(x_hat.clamp(-1, 1), images, reduction="none").mean((1, 2, 3))      # (B,)
@@ -197,12 +196,12 @@ def evaluate(args, tokenizer, perceptual, dataset, device):
         if perceptual:
             sums["distance"] += len(images) * perceptual(images, x_hat)
         counts += torch.bincount(codes.flatten(), minlength=size)
-        gallery.add(images, x_hat, codes)
+        if number == 0 and runtime.rank() == 0:
+            draw(images, x_hat, codes, Path(args.output))
     if dist.is_initialized():
         dist.all_reduce(counts)
         for total in sums.values():
             dist.all_reduce(total)
-    gallery.draw()
     tokenizer.train()
 
     images = sums.pop("images")
@@ -215,40 +214,23 @@ def evaluate(args, tokenizer, perceptual, dataset, device):
     return row
 
 
-class Gallery:
-    """The pictures of an evaluation, drawn by rank 0.
+def draw(images, x_hat, codes, folder, rows=16, columns=16):
+    """Two pictures of some images (B, 3, H, W), their reconstructions and codes (B, h, w).
 
     reconstructions.png: the first images over their reconstructions. codes.png: a row of patches
     for each of the most used codes.
     """
-
-    def __init__(self, folder, stride, images=512):
-        self.folder, self.stride, self.limit = Path(folder), stride, images
-        self.seen = 0
-        self.pairs, self.patches, self.codes = None, [], []
-
-    def add(self, images, x_hat, codes):
-        if runtime.rank() > 0 or self.seen >= self.limit:
-            return
-        self.seen += len(images)
-        if self.pairs is None:
-            self.pairs = torch.cat([images[:8], x_hat[:8].clamp(-1, 1)]).cpu()
-        s = self.stride
-        patches = images.unfold(2, s, s).unfold(3, s, s)                        # (B, 3, h, w, s, s)
-        self.patches.append(patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).cpu())    # (R, 3, s, s)
-        self.codes.append(codes.flatten().cpu())
-
-    def draw(self, rows=16, columns=16):
-        if runtime.rank() > 0:
-            return
-        draw_grid(self.pairs, 8, self.folder / "reconstructions.png")
-        patches, codes = torch.cat(self.patches), torch.cat(self.codes)
-        cells = []
-        for code in torch.bincount(codes).argsort(descending=True)[:rows]:
-            own = patches[codes == code][:columns]
-            blank = torch.ones(columns - len(own), *patches.shape[1:])
-            cells += [own, blank]
-        draw_grid(torch.cat(cells), columns, self.folder / "codes.png")
+    pairs = torch.cat([images[:8], x_hat[:8].clamp(-1, 1)])
+    draw_grid(pairs, min(8, len(images)), folder / "reconstructions.png")
+    s = images.shape[2] // codes.shape[1]                   # side of a patch, pixels
+    patches = images.unfold(2, s, s).unfold(3, s, s)                            # (B, 3, h, w, s, s)
+    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)                   # (R, 3, s, s)
+    codes = codes.flatten()
+    cells = []
+    for code in torch.bincount(codes).argsort(descending=True)[:rows]:
+        own = patches[codes == code][:columns]
+        cells += [own, torch.ones_like(patches[:1]).repeat(columns - len(own), 1, 1, 1)]
+    draw_grid(torch.cat(cells), columns, folder / "codes.png")
 
 
 def draw_grid(images, columns, path):
@@ -340,7 +322,7 @@ def adversarial(discriminator, judge, x, x_hat):
     """Eq. 8: the discriminator D maximises log D(x) + log(1 − D(x̂)), the tokenizer opposes it.
 
     Returns what the tokenizer minimises, −log D(x̂), and what D does, −log D(x) − log(1 − D(x̂));
-    each has a gradient to its own network alone. log(1 − D(x̂)), as printed, has next to no gradient
+    each has a gradient to its own network alone. log(1 − D(x̂)), as printed, has hardly a gradient
     while D is right: we take the non-saturating form of Goodfellow et al. (2014), our choice.
     """
     fixed = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}

@@ -154,7 +154,8 @@ def add_arguments(p, also="none: from scratch"):
     group.add_argument("--drop-path", type=float,
                        help="rate of the last block, rising from 0 at the first")
     group.add_argument("--checkpoint-activations", action="store_true",
-                       help="recompute blocks in the backward pass: less memory, a third more time")
+                       help="recompute blocks in the backward pass: less memory, one forward "
+                            "pass more")
 
 
 def begin(args, state, image_size, classes=0):
