@@ -95,10 +95,6 @@ def get_args(argv=None):
     p.add_argument("--max-size", type=int, help="largest longer side, pixels")
     p.add_argument("--channels", type=int, help="channels of the feature pyramid and the heads")
     p.add_argument("--boxes", type=int, help="boxes sampled of an image in training, to classify")
-    p.add_argument("--betas", type=float, nargs=2, help="AdamW's β₁ and β₂")
-    p.add_argument("--weight-decay", type=float, help="AdamW's weight decay, of matrices")
-    p.add_argument("--layer-decay", type=float,
-                   help="factor of the lr from one block to the one before it")
     p.add_argument("--warmup-steps", type=int, help="steps of linear warm-up of the lr")
     weights.add_arguments(p, also="none: from scratch; with --eval: a run of detect.py")
     layout = "synthetic[:IMAGES], or a folder in COCO's layout: train2017/, val2017/, annotations/"
@@ -417,8 +413,7 @@ def main(args):
 
     # The model, from a checkpoint; its digest is an argument, since another one is another start.
     torch.manual_seed(args.seed)
-    state = {} if args.init == "none" else checkpoint.load(args.init)
-    args.init_digest = state.get("digest")
+    state = weights.read(args)
     model, model_args = build(args, classes, state)
     model.to(device)
     model.backbone.autocast = runtime.autocast(args, device)

@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2 as T
 
-import checkpoint
 import data
 import logbook
 import runtime
@@ -118,10 +117,6 @@ def get_args(argv=None):
     p.add_argument("--mixup", type=float, help="α of mixup; 0: no mixup")
     p.add_argument("--cutmix", type=float, help="α of cutmix; 0: no cutmix")
     p.add_argument("--smoothing", type=float, help="label smoothing, 0 to 1")
-    p.add_argument("--betas", type=float, nargs=2, help="AdamW's β₁ and β₂")
-    p.add_argument("--weight-decay", type=float, help="AdamW's weight decay, of matrices")
-    p.add_argument("--layer-decay", type=float,
-                   help="factor of the lr from one block to the one before it")
     p.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up of the lr")
     p.add_argument("--ema-decay", type=float, default=0.0,
                    help="decay of averaged weights, which are then evaluated; 0: none")
@@ -256,8 +251,7 @@ def main(args):
 
     # The model, from a checkpoint; its digest is an argument, since another one is another start.
     torch.manual_seed(args.seed)
-    state = {} if args.init == "none" else checkpoint.load(args.init)
-    args.init_digest = state.get("digest")
+    state = weights.read(args)
     model, model_args = build(args, 0 if args.probe else classes, state)
     model.to(device)
 

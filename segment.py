@@ -75,10 +75,6 @@ def get_args(argv=None):
     p.add_argument("--eval", action="store_true", help="only evaluate --init")
     p.add_argument("--classes", type=int, help="number of classes of a folder; 0 is ignored")
     p.add_argument("--aux-weight", type=float, help="weight of the auxiliary head's loss")
-    p.add_argument("--betas", type=float, nargs=2, help="AdamW's β₁ and β₂")
-    p.add_argument("--weight-decay", type=float, help="AdamW's weight decay, of matrices")
-    p.add_argument("--layer-decay", type=float,
-                   help="factor of the lr from one block to the one before it")
     p.add_argument("--warmup-steps", type=int, help="steps of linear warm-up of the lr")
     weights.add_arguments(p, also="none: from scratch; with --eval: a run of segment.py")
     layout = "synthetic[:IMAGES], or a folder in ADE20K's layout: images/ and annotations/"
@@ -414,8 +410,7 @@ def main(args):
 
     # The model, from a checkpoint; its digest is an argument, since another one is another start.
     torch.manual_seed(args.seed)
-    state = {} if args.init == "none" else checkpoint.load(args.init)
-    args.init_digest = state.get("digest")
+    state = weights.read(args)
     model, model_args = build(args, classes, state)
     model.to(device)
     groups = param_groups(model, args.weight_decay, args.layer_decay, vit="backbone.vit")

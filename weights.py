@@ -139,7 +139,7 @@ def transfer(source, state, arguments, **task):
 
 def add_arguments(p, also="none: from scratch"):
     """Add the flags of a stage that begins from a trained ViT. also: what else --init may be."""
-    group = p.add_argument_group("the ViT")
+    group = p.add_argument_group("the ViT and its optimizer")
     group.add_argument("--init",
                        help="what to begin from: run or checkpoint of pretrain.py, teacher.py or "
                             f"finetune.py, a file of BEiT's, timm's or MoCo v3's, or {also}")
@@ -153,9 +153,20 @@ def add_arguments(p, also="none: from scratch"):
                             "(0.5, BEiT's of ImageNet-22k) or imagenet (BEiT's of ImageNet-1K)")
     group.add_argument("--drop-path", type=float,
                        help="rate of the last block, rising from 0 at the first")
+    group.add_argument("--betas", type=float, nargs=2, help="AdamW's β₁ and β₂")
+    group.add_argument("--weight-decay", type=float, help="AdamW's weight decay, of matrices")
+    group.add_argument("--layer-decay", type=float,
+                       help="factor of the lr from one block to the one before it")
     group.add_argument("--checkpoint-activations", action="store_true",
                        help="recompute blocks in the backward pass: less memory, one forward "
                             "pass more")
+
+
+def read(args):
+    """The contents of --init, {} for none. Its digest is an argument, for a resumed run to compare."""
+    state = {} if args.init == "none" else checkpoint.load(args.init)
+    args.init_digest = state.get("digest")
+    return state
 
 
 def begin(args, state, image_size, classes=0):
