@@ -163,7 +163,7 @@ def add_arguments(p, also="none: from scratch"):
 
 
 def read(args):
-    """The contents of --init, {} for none. Its digest is an argument, for a resumed run to compare."""
+    """The contents of --init, {} for none. Its digest becomes an argument, compared on resuming."""
     state = {} if args.init == "none" else checkpoint.load(args.init)
     args.init_digest = state.get("digest")
     return state
