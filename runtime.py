@@ -107,7 +107,9 @@ def catch_signals():
                             b"Ctrl-C again ends at once\n")    # print may be what it interrupts
 
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
+        # nohup has SIGHUP ignored: so it stays. (A script's "&" has SIGINT ignored, but kill -INT
+        # may still ask for the checkpoint.)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, catch)
     return caught
 

@@ -225,3 +225,11 @@ def test_what_is_printed_never_ends_a_run(monkeypatch):
         monkeypatch.setattr(sys, name, Closed())
         tell("to nobody")
         tell("again")
+
+
+def test_nohup_keeps_a_run_from_the_terminals_end_and_nothing_else():
+    for number in runtime.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    runtime.catch_signals()
+    ignored = {n for n in runtime.SIGNALS if signal.getsignal(n) == signal.SIG_IGN}
+    assert ignored == {signal.SIGHUP}
