@@ -41,7 +41,8 @@ def launch(main, args):
     """Run a stage's main(args), under torchrun in a process group.
 
     What a user can mend ends with one line and a status of its own on every rank: 2 for bad input,
-    3 for a loss or gradient that is not finite, 4 for too little memory.
+    3 for a loss or gradient that is not finite, 4 for too little memory, 130 for a Ctrl-C before
+    catch_signals, or a second one. (In the imports, before all this, it shows a traceback.)
     """
     if sys.stderr is None:                                  # closed by the shell: 2>&-
         sys.stderr = open(os.devnull, "w")
@@ -57,6 +58,9 @@ def launch(main, args):
         end(args, error, status=2)
     except FloatingPointError as error:
         end(args, error, status=3)
+    except KeyboardInterrupt:
+        end(args, "interrupted at once; the same command goes on from the last checkpoint, if any",
+            status=128 + signal.SIGINT)
     except (RuntimeError, MemoryError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if isinstance(error, RuntimeError) and not any(text in reason for text in OUT_OF_MEMORY):
@@ -229,9 +233,16 @@ def has_bf16(device):
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)    # x86, x86, Arm
 
 
+def precision(args, device):
+    """Of the forward passes, by --amp: "bf16" or "fp32"."""
+    if args.amp == "auto":
+        return "bf16" if has_bf16(device) else "fp32"
+    return args.amp
+
+
 def autocast(args, device):
     """The context of the forward passes: bf16 autocast by --amp, else nothing."""
-    enabled = args.amp == "bf16" or (args.amp == "auto" and has_bf16(device))
+    enabled = precision(args, device) == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 

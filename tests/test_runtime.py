@@ -135,6 +135,14 @@ def test_what_a_user_can_mend_ends_with_one_line_and_a_status(error, status, cap
     assert capsys.readouterr().err == "teacher.py: --patch-size: 5 is odd\n"
 
 
+def test_ctrl_c_before_the_first_step_ends_with_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        launch(KeyboardInterrupt())
+    assert stop.value.code == 130
+    message, = capsys.readouterr().err.splitlines()
+    assert message.startswith("teacher.py: interrupted at once; the same command goes on")
+
+
 def test_a_batch_that_does_not_divide_is_refused_before_anything_is_loaded(capsys):
     with pytest.raises(SystemExit) as stop:
         launch(accumulate=3)
