@@ -6,6 +6,7 @@ digest, since torch.load does not notice a flipped bit or a block of zeros.
 import argparse
 import contextlib
 import hashlib
+import math
 import os
 import shutil
 from pathlib import Path
@@ -46,13 +47,29 @@ def write(path, state):
     except (OSError, RuntimeError) as error:               # torch.save: RuntimeError on a full disk
         with contextlib.suppress(OSError):
             temporary.unlink()
+        needed = math.ceil(size(state) / 2 ** 20)
         raise InputError(
-            f"{path}: not written ({error}), {free_space(path.parent)} free there; the one before "
-            "is intact: make room and run the same command again") from error
+            f"{path}: not written ({error}); it takes {needed} MiB, {free_space(path.parent)} free "
+            f"there{intact(path.parent)}: make room and run the same command again") from error
+
+
+def size(value):
+    """Bytes of the tensors in nested dicts and lists: all but the names of a checkpoint."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(size, value.values()))
+    return sum(map(size, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def free_space(folder):
     return f"{shutil.disk_usage(folder).free / 2 ** 20:.0f} MiB"
+
+
+def intact(folder):
+    """For messages: the newest checkpoint of a run's folder, if there is one."""
+    kept = files(folder)
+    return f"; {kept[0]} is intact" if kept else ""
 
 
 def files(folder):
@@ -66,16 +83,20 @@ def folder_of(run):
     return path if path.is_dir() else path.parent
 
 
-def load(path, stages=None):
+def load(path, stages=None, flag="", made_by=""):
     """The checkpoint in a file, or the newest sound one of a run's folder, on the CPU.
 
     stages: those that it may be of; None: any, and files of other projects, which have no "stage".
+    flag, made_by: the flag that names the path and the command that makes such a run, for the
+    message where nothing is there.
     A damaged file is named and passed over. Raises InputError where none is left.
     """
     path = Path(path)
     candidates = files(path) if path.is_dir() else [path]
     wanted = f"expected one of {' or '.join(stages)}" if stages else "expected a checkpoint"
     if not candidates or not candidates[0].exists():
+        if made_by:
+            raise InputError(f"{flag} {path}: nothing there; make one with: python {made_by}")
         raise InputError(f"{path}: nothing there, {wanted}")
     for file in candidates:
         try:

@@ -257,7 +257,7 @@ def sides(args):
 
 def load(args, classes):
     """The network of a run of detect.py. Raises InputError where it has other classes."""
-    state = checkpoint.load(args.init, ["detect"])
+    state = checkpoint.load(args.init, ["detect"], "--init", f"detect.py --recipe {args.recipe}")
     arguments = state["model_args"] | sides(args)
     found = arguments["classes"]
     if found != classes:

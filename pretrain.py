@@ -135,7 +135,8 @@ class AugmentAndMask:
 
 def load_tokenizer(args):
     """The frozen tokenizer and its digest. Each of its codes must describe a patch of the ViT."""
-    state = checkpoint.load(args.tokenizer, ["tokenizer"])
+    state = checkpoint.load(
+        args.tokenizer, ["tokenizer"], "--tokenizer", f"tokenizer.py --recipe {args.recipe}")
     tokenizer = restore(f"--tokenizer {args.tokenizer}", state)
     # Images are resized so that it sees a patch as one code, at half to twice the size (our choice;
     # BEiT's tokenizer saw it at half).

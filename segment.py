@@ -285,7 +285,7 @@ def build(args, classes, state):
 
 def load(args, classes):
     """The network of a run of segment.py. Raises InputError where it has other classes."""
-    state = checkpoint.load(args.init, ["segment"])
+    state = checkpoint.load(args.init, ["segment"], "--init", f"segment.py --recipe {args.recipe}")
     found = state["model_args"]["classes"]
     if found != classes:
         raise InputError(f"--init {args.init}: has {found} classes, --data {args.data} {classes}")

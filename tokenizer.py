@@ -247,7 +247,7 @@ def main(args):
     # The frozen perceptual network; its digest is an argument, since another one is another loss.
     perceptual_net = None
     if args.perceptual_weight:
-        perceptual_net, args.perceptual_digest = perceptual_network(args.perceptual)
+        perceptual_net, args.perceptual_digest = perceptual_network(args.perceptual, args.recipe)
 
     # The tokenizer, the discriminator of the adversarial ablation, and their optimizer
     torch.manual_seed(args.seed)

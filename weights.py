@@ -20,7 +20,7 @@ from model import (
     resize_bias_table,
     resize_positions,
 )
-from runtime import InputError
+from runtime import InputError, rank, say
 
 # MoCo v3's ViT-B of 300 epochs (the 100-epoch one, which PeCo uses, was never published) and its
 # ResNet-50; torchvision's supervised networks.
@@ -164,7 +164,10 @@ def add_arguments(p, also="none: from scratch"):
 
 def read(args):
     """The contents of --init, {} for none. Its digest becomes an argument, compared on resuming."""
-    state = {} if args.init == "none" else checkpoint.load(args.init)
+    state = {}
+    if args.init != "none":
+        maker = "finetune.py" if args.eval else "pretrain.py"
+        state = checkpoint.load(args.init, None, "--init", f"{maker} --recipe {args.recipe}")
     args.init_digest = state.get("digest")
     return state
 
@@ -182,7 +185,20 @@ def begin(args, state, image_size, classes=0):
         f"--init {args.init}", state, arguments,
         image_size=image_size, drop_path=args.drop_path, classes=classes)
     vit.checkpoint_activations = args.checkpoint_activations
+    unused = overruled(args, arguments)
+    if unused and rank() == 0:
+        say(f"--init {args.init} says otherwise, not used: {', '.join(unused)}")
     return vit, arguments, missing
+
+
+def overruled(args, arguments):
+    """Flags, given or the recipe's, that say something else of the ViT than its own arguments."""
+    arguments = STATISTICS["half"] | arguments              # VisionTransformer's defaults
+    said = dict(
+        model=SIZES[args.model], patch_size=dict(patch_size=args.patch_size),
+        layer_scale=dict(layer_scale=args.layer_scale), statistics=STATISTICS[args.statistics])
+    return [f"--{flag.replace('_', '-')} {getattr(args, flag)}" for flag, values in said.items()
+            if arguments | values != arguments]
 
 
 def foreign_weights(state):
@@ -256,16 +272,17 @@ def refuse_others(verb, keys):
 # ------------------------------------------------------------------------------------------------
 # The perceptual network
 
-def perceptual_network(source):
+def perceptual_network(source, recipe="paper"):
     """The network behind L_percep, and a digest of its weights.
 
     source: a key of DOWNLOADS, or the path of one of these files, of a teacher.py run, or of a
-    finetune.py run (a supervised network). Raises InputError where there are no such weights.
+    finetune.py run (a supervised network). recipe: that of teacher.py, for the message. Raises
+    InputError where there are no such weights.
     """
     if source in DOWNLOADS and not Path(source).exists():
         state = download(source)
     else:
-        state = checkpoint.load(source)
+        state = checkpoint.load(source, None, "--perceptual", f"teacher.py --recipe {recipe}")
     stage = state.get("stage")
     if stage in ("teacher", "finetune"):
         return restore(f"--perceptual {source}", state), state["digest"]

@@ -620,7 +620,10 @@ def test_files_that_are_no_checkpoints(capsys):
     torch.save(dict(weight=torch.ones(2)), "other.pt")
     torch.save(torch.ones(2), "tensor.pt")                  # not even a dict
     for stage, flag in reads.items():
-        assert "nowhere: nothing there" in fails(capsys, stage, flag, "nowhere")
+        made_by = {"--perceptual": "teacher", "--init": "pretrain"}.get(flag, "tokenizer")
+        message = fails(capsys, stage, flag, "nowhere")
+        assert message.endswith(f"{flag} nowhere: nothing there; make one with: "
+                                f"python {made_by}.py --recipe demo")
         assert "other.pt" in fails(capsys, stage, flag, "other.pt")
         assert "tensor.pt" in fails(capsys, stage, flag, "tensor.pt", before=1)
     assert "other.pt: found another file" in fails(capsys, "pretrain", "--tokenizer", "other.pt")

@@ -106,6 +106,22 @@ def test_pretraining_begins_fine_tuning(chain):
     assert newest(chain.finetune)["args"]["init_digest"] == state["digest"]
 
 
+def test_what_a_checkpoint_overrules_is_named(chain, capsys):
+    def said(*flags):
+        capsys.readouterr()
+        args = finetune.get_args([*COMMON, *chain.inputs["finetune"], *flags])
+        finetune.build(args, 10, {} if args.init == "none" else newest(chain.pretrain))
+        return capsys.readouterr().out
+
+    assert said() == ""
+    other = ["--model", "tiny", "--patch-size", "16", "--statistics", "imagenet"]
+    assert said(*other) == (
+        f"--init {chain.pretrain} says otherwise, not used: --model tiny, --patch-size 16, "
+        "--statistics imagenet\n")
+    assert "not used: --layer-scale 0.5\n" in said("--layer-scale", "0.5")
+    assert said(*other, "--init", "none") == ""             # the control: they are used
+
+
 # ------------------------------------------------------------------------------------------------
 # The perceptual network, and files of other projects
 
