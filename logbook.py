@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -29,12 +30,15 @@ MAY_CHANGE_ON_RESUME = {
     "output", "resume", "workers", "log_every", "save_every", "skip_bad_images",
     "checkpoint_activations",
 }
+# Paths, and the argument that says what they hold: where that is the same, the path may be another.
+CONTENTS = {"data": "images", "tokenizer": "tokenizer_digest", "perceptual": "perceptual_digest",
+            "init": "init_digest"}
 
 
 class Run:
     """A run in args.output: a new one, or the one that was stopped there.
 
-    images: number of training images, of which an epoch is made.
+    images: number of training images, of which an epoch is made. It becomes an argument.
     model_args: what is needed to build modules["model"] again, stored with it.
     modules: all that is trained, by name, unwrapped; the next stage reads "model".
 
@@ -47,6 +51,7 @@ class Run:
         self.args, self.optimizer = args, optimizer
         self.model_args, self.modules = model_args, modules
         self.epoch_steps, self.steps = runtime.total_steps(args, images)
+        args.images = images                                # a data set that has grown is refused
         self.start = self.step = 0
         self.best = None                                  # best evaluation so far, higher is better
         self.signal = 0                                     # number of a signal that any rank got
@@ -54,7 +59,7 @@ class Run:
         self.not_finite = []                             # of this step's gradients, a bool a bucket
         self.terms = {}                                     # this step's values to log, by name
         self.sums, self.logged_steps, self.seconds = {}, 0, 0.0     # since the last line of the log
-        self.clock = time.time()
+        self.clock = self.begun = time.time()
 
         self.folder = make_folder(args.output)
         if rank() == 0:
@@ -70,6 +75,24 @@ class Run:
                     path.rename(path.with_suffix(".damaged"))
         append(self.folder, args=vars(args), world_size=world_size(), hardware=runtime.hardware(),
                torch=torch.__version__, step=self.start)
+        if rank() == 0:
+            self.announce()
+
+    def announce(self):
+        """What is about to be done, on the screen; log.jsonl has it among the arguments."""
+        args = self.args
+        classes = self.model_args.get("classes")
+        labels = f"of {classes} classes" if classes else "labels not used"
+        epochs = self.steps / self.epoch_steps
+        precision = runtime.precision(args, next(self.modules["model"].parameters()).device)
+        begins = f"goes on from step {self.start}" if self.start else "new run"
+        if self.start >= self.steps:
+            again = ", evaluated again" if (self.folder / "best.pt").exists() else ""
+            begins = f"finished already: nothing to train{again}"
+        runtime.say(f"{args.stage}.py reads {args.data}: {args.images} images, {labels}")
+        runtime.say(f"{self.steps} steps of {args.batch_size} images, {epochs:.4g} epochs, in "
+                    f"{precision} on {runtime.hardware()}, ranks: {world_size()}")
+        runtime.say(f"--output {self.folder}: {begins}")
 
     # ---- Going on
 
@@ -97,7 +120,11 @@ class Run:
 
     def compare_arguments(self, then):
         now = vars(self.args)
-        keys = sorted(now.keys() - MAY_CHANGE_ON_RESUME)    # not those of a flag that is no more
+        same = {path for path, contents in CONTENTS.items()
+                if now.get(contents) and now[contents] == then.get(contents)}
+        if "images" not in then:                            # of an older version
+            same.add("images")
+        keys = sorted(now.keys() - MAY_CHANGE_ON_RESUME - same)     # not those of a former flag
         changed = [key for key in keys if now.get(key) != then.get(key)]
         # Steps count batches: with another batch size step N would lie elsewhere.
         if changed and (self.args.resume != "force" or "batch_size" in changed):
@@ -254,7 +281,9 @@ class Run:
             return
         row = {name: total / self.logged_steps for name, total in self.sums.items()}
         images = self.logged_steps * self.args.batch_size
-        append(self.folder, step=step, epoch=step / self.epoch_steps, **row, **more,
+        to_go = (time.time() - self.begun) * (self.steps - step) / (step - self.start)     # seconds
+        append(self.folder, dict(step=f"{step}/{self.steps}", eta=timedelta(seconds=round(to_go))),
+               step=step, epoch=step / self.epoch_steps, **row, **more,
                images_per_s=images / self.seconds)
         self.sums, self.logged_steps, self.seconds = {}, 0, 0.0
 
@@ -300,8 +329,8 @@ def lock(folder):
                          "(ranks may outlive their torchrun) or choose another") from error
 
 
-def append(folder, /, **row):
-    """Append a line to a run's log.jsonl and print it, on rank 0."""
+def append(folder, printed=None, /, **row):
+    """Append a line to a run's log.jsonl and print it, with what is only printed, on rank 0."""
     if rank() > 0:
         return
     file = Path(folder) / "log.jsonl"
@@ -310,12 +339,13 @@ def append(folder, /, **row):
             log.write(json.dumps(dict(row, time=round(time.time(), 1))) + "\n")
     except OSError as error:
         raise InputError(
-            f"{file}: not written ({error.strerror}), {free_space(folder)} free there; the last "
-            "checkpoint is intact: make room and run the same command again") from error
+            f"{file}: not written ({error.strerror}), {free_space(folder)} free there"
+            f"{checkpoint.intact(folder)}: make room and run the same command again") from error
     if "args" not in row:
         shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                 for key, value in row.items())
-        runtime.say("  ".join(shown))
+                 for key, value in (row | (printed or {})).items())
+        with tqdm.external_write_mode():                    # the progress bar makes room
+            runtime.say("  ".join(shown))
 
 
 def report(args, row, **context):

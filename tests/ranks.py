@@ -46,7 +46,8 @@ def last_rank():
 def new_run(module, folder):
     """A run of a hundred steps."""
     args = Namespace(stage="pretrain", output=str(folder), batch_size=8, epochs=None, steps=100,
-                     seed=0, resume="auto", save_every=100, log_every=100)
+                     seed=0, resume="auto", save_every=100, log_every=100, data="synthetic:8",
+                     amp="fp32")
     optimizer = torch.optim.SGD(list(module.named_parameters()), lr=0.1)
     return Run(args, 8, optimizer, model_args={}, modules=dict(model=module))
 

@@ -7,8 +7,10 @@ import contextlib
 import errno
 import json
 import os
+import pty
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -751,6 +753,37 @@ def test_ctrl_c_says_how_it_goes_on(chain):
     expected = "stopped at step 1 of 6: the same command goes on from run/step-00000001.pt"
     assert expected in printed()
     assert "Traceback" not in printed()
+
+
+def test_ctrl_c_in_a_pipe_to_tee(chain):
+    """As on a terminal: Ctrl-C ends tee first, and what the run says finds no reader."""
+    stage = [sys.executable, str(ROOT / "pretrain.py"), *COMMON, *chain.inputs["pretrain"],
+             "--output", "run", "--steps", "1000000000", "--save-every", "1000000"]
+    script = (f"trap : INT; {shlex.join(stage)} 2>&1 | tee output.txt >/dev/null; "
+              "echo ${PIPESTATUS[@]} >status.txt")
+    environment = os.environ | ENVIRONMENT
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvpe("bash", ["bash", "-c", script], environment)
+    try:
+        wait_for(lambda: Path("output.txt").exists() and "\nstep 2/" in printed())
+        os.write(terminal, b"\x03")
+        wait(pid)
+    finally:
+        os.close(terminal)                                  # SIGHUP to whatever is left
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert Path("status.txt").read_text().split() == ["130", "130"]     # tee: killed by SIGINT
+    assert "stopped at" not in printed()                    # the control: tee was gone by then
+    saved, = Path("run").glob("step-*.pt")
+    assert checkpoint.load(saved)["step"] >= 2
+
+
+def test_moved_inputs_are_the_same_run(chain):
+    shutil.copytree(chain.pretrain, "run")
+    shutil.copytree(chain.tokenizer, "moved")
+    run("pretrain", "--tokenizer", "moved", "--output", "run")
+    assert rows("run")[-1]["step"] == 6
 
 
 def evaluations(folder):

@@ -1,10 +1,12 @@
 """A run: its checkpoints, its log, the check of a step."""
 import errno
+import io
 import json
 import math
 import os
 import pickle
 import signal
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -29,16 +31,17 @@ class Stage:
     def __init__(self, seed=0, **changes):
         torch.manual_seed(seed)
         arguments = dict(stage="pretrain", output="run", seed=0, batch_size=4, epochs=None,
-                         steps=100, save_every=1, log_every=50, resume="auto", lr=0.1)
+                         steps=100, save_every=1, log_every=50, resume="auto", lr=0.1,
+                         data="set", amp="fp32")
         self.args = Namespace(**(arguments | changes))
         model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
         self.modules = dict(model=model, other=nn.BatchNorm1d(4))
         parameters = [*model.named_parameters(), *self.modules["other"].named_parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=0.1)
 
-    def begin(self):
+    def begin(self, images=22):
         """Begin, or go on; the first step."""
-        self.run = Run(self.args, 22, self.optimizer, dict(dim=3), self.modules)
+        self.run = Run(self.args, images, self.optimizer, dict(dim=3), self.modules)
         self.step = self.run.start
         return self.step
 
@@ -360,6 +363,39 @@ def test_other_arguments_are_refused_by_name():
     assert Stage(log_every=7).begin() == 10                 # does not change the weights
 
 
+@pytest.mark.parametrize("name", ["tokenizer", "perceptual", "init"])
+def test_an_input_that_has_moved_is_known_by_its_digest(name):
+    digest = f"{name}_digest"
+    trained(**{name: "here", digest: "0ab"})
+    assert Stage(**{name: "there", digest: "0ab"}).begin() == 10
+    with pytest.raises(InputError, match=rf"\({name}: here, now there, {digest}: 0ab, now 1cd\)"):
+        Stage(**{name: "there", digest: "1cd"}).begin()
+    trained(output="other", **{name: "file", digest: None})         # of another project's file
+    with pytest.raises(InputError, match=rf"\({name}: file, now there\)"):
+        Stage(output="other", **{name: "there", digest: None}).begin()
+
+
+def test_a_dataset_that_has_grown_is_refused_and_one_that_has_moved_is_not():
+    trained(10)
+    assert Stage(data="moved/set").begin() == 10
+    for images in (21, 23):
+        with pytest.raises(InputError, match=rf"\(images: 22, now {images}\).*--resume force"):
+            Stage().begin(images)
+        assert Stage(resume="force").begin(images) == 10
+
+
+def test_a_run_that_did_not_note_its_number_of_images_goes_on():
+    trained()
+    path = Path("run/step-00000010.pt")
+    state = torch.load(path)
+    for key in ("images", "digest"):
+        (state["args"] if key == "images" else state).pop(key)
+    checkpoint.write(path, state)
+    assert Stage().begin() == 10
+    with pytest.raises(InputError, match=r"\(data: set, now other\)"):
+        Stage(data="other").begin()
+
+
 def test_another_batch_size_is_refused_whatever_is_forced():
     """Steps count batches."""
     trained()
@@ -408,7 +444,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(what, monkeypatch):
     before = Path("run/step-00000005.pt").read_bytes()
     with monkeypatch.context() as patch:
         fail_half_way(patch, what)
-        expected = r"run/step-00000010.pt: not written \(.*MiB free"
+        expected = (r"run/step-00000010.pt: not written \(.*\); it takes 1 MiB, \d+ MiB free "
+                    r"there; run/step-00000005.pt is intact: make room")
         with pytest.raises(InputError, match=expected):
             stage.train(10)
     assert files() == ["step-00000005.pt"]
@@ -416,6 +453,28 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(what, monkeypatch):
     again = Stage(seed=1)
     again.begin()
     assert again.train(10).digest() == stage.digest()       # the same command goes on
+
+
+def test_a_disk_that_is_full_at_the_first_save(monkeypatch):
+    stage = trained(4)
+    stage.modules["model"].register_buffer("large", torch.zeros(3 * 2 ** 20, dtype=torch.uint8))
+    fail_half_way(monkeypatch, "torch")
+    with pytest.raises(InputError, match=r"; it takes 4 MiB, \d+ MiB free there: make room"):
+        stage.train(5)
+    assert files() == []
+
+
+def test_a_log_that_cannot_be_written_does_not_speak_of_a_checkpoint_that_is_not_there(monkeypatch):
+    def full(path, mode):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for stop, kept in ((4, ""), (5, "; run/step-00000005.pt is intact")):
+        stage = trained(stop)
+        with monkeypatch.context() as patch:
+            patch.setattr(logbook, "open", full, raising=False)
+            expected = rf"No space left on device\), \d+ MiB free there{kept}: make room"
+            with pytest.raises(InputError, match=expected):
+                stage.run.log_evaluation(stop, split="val")
 
 
 def test_leftovers_of_a_killed_run_are_removed():
@@ -510,8 +569,65 @@ def test_an_old_classifier_of_the_class_token_is_refused():
 # ------------------------------------------------------------------------------------------------
 # The log
 
+def test_a_run_says_first_what_it_will_do(capsys):
+    def said(**changes):
+        capsys.readouterr()
+        stage = Stage(**changes)
+        stage.begin()
+        return capsys.readouterr().out.splitlines()
+
+    reads, does, begins = said()
+    assert reads == "pretrain.py reads set: 22 images, labels not used"
+    assert does.startswith("100 steps of 4 images, 20 epochs, in fp32 on ")
+    assert does.endswith(", ranks: 1")
+    assert begins == "--output run: new run"
+    assert len(rows()) == 1                                 # and not in log.jsonl
+    stage = trained(steps=12)
+    assert said(steps=12)[2] == "--output run: goes on from step 10"
+    stage.train(12)
+    assert said(steps=12)[2] == "--output run: finished already: nothing to train"
+    trained(5, steps=5, metric={5: 1.0}.get, output="other")
+    again = "--output other: finished already: nothing to train, evaluated again"
+    assert said(steps=5, output="other")[2] == again
+
+
+def test_the_progress_bar_does_not_split_a_line(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    run = new_run(steps=1)
+    for step in run.progress():
+        if step == 1:
+            break
+        check(run, step, loss=1.0)
+        run.log(step + 1)
+    shown = screen.getvalue()
+    assert "| 0/1 [" in shown                               # the control: there is a bar
+    assert "\rstep 1/1  epoch 0.2  loss 1  " in shown
+
+
+def test_a_printed_line_says_how_long_it_will_take(monkeypatch, capsys):
+    now = 1000.0
+    monkeypatch.setattr(logbook.time, "time", lambda: now)
+    run = new_run(log_every=5, steps=1000)
+    for step in range(5):
+        check(run, step, loss=1.0)
+        now += 2
+        run.log(step + 1)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == "step 5/1000  epoch 1  loss 1  images_per_s 2  eta 0:33:10"
+    row = rows()[-1]
+    assert row["step"] == 5
+    assert "eta" not in row
+
+
 def test_log_is_a_json_line_each(capsys):
     run = new_run()
+    capsys.readouterr()
     run.log_evaluation(3, split="val", loss=0.12347)
     logbook.append("run", step=4, name="x")
     first, *others = rows()
