@@ -67,16 +67,18 @@ RECIPES = {
         image_size=32,
         crop_min=0.4,
         eval_crop=1.0,
-        channels=[16, 32, 32, 64],
+        vit="nano",             # it takes up more than small convolutions do, and is faster
+        patch_size=8,
+        decoder_blocks=2,
         codebook_size=256,
         code_dim=32,
         decay=0.98,
         revive=0.05,
         perceptual="runs/cifar-cpu/teacher",
-        epochs=2,
+        epochs=3,
         warmup_steps=50,
         lr=1e-3,
-        save_every=2,
+        save_every=3,
     ),
 }
 RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice

@@ -4,8 +4,9 @@
     python -m tools.cifar10 --ablations     # the paper's ablations too
 
 Only the target of pre-training differs. Runs the stages by the command lines that it prints, into
-runs/RECIPE/; what is finished is not run again, what was stopped goes on where it was. Then writes
-RESULTS.md and the README's table from the logs.
+runs/RECIPE/; what is finished is not run again, what was stopped goes on where it was. After each
+seed it writes the figures of what is finished to results/RECIPE.json, and from these RESULTS.md and
+the README's table. So seeds may be run one after another, also on several machines.
 """
 import argparse
 import json
@@ -32,67 +33,84 @@ ROOT = Path(__file__).parent.parent
 ARMS = {
     "scratch": "fine-tuning alone",
     "scratch-long": "the same, for as long as pre-training and fine-tuning together",
-    "pixel": "codes of the tokenizer with λ = 0",
-    "peco": "**PeCo**: codes of the tokenizer with λ = 1",
     "random": "codes of an untrained tokenizer",
-    "teacher": "the MoCo v3 teacher itself, fine-tuned",
+    "pixel": "codes of a tokenizer with λ = 0",
+    "peco": "**PeCo**, codes with λ = 1: self-supervised network",
+    "supervised": "**PeCo**, codes with λ = 1: supervised network",
+    "teacher": "the self-supervised network itself, fine-tuned",
 }
 TOKENIZERS = {                  # arm → flags of tokenizer.py
-    "pixel": "--perceptual-weight 0",
-    "peco": "",
     # At lr 0 only the codebook moves: from vectors of the first batch towards means of the next.
     "random": "--perceptual-weight 0 --lr 0 --steps 50",
+    "pixel": "--perceptual-weight 0",
+    "peco": "--perceptual {folder}/teacher",
+    "supervised": "--perceptual {folder}/supervised",
 }
-FEW_LABELS = {                  # % of the labels → flags of finetune.py; our choice of lengths
+# Epochs of the supervised network, which is trained on all labels of the training images; its seed
+# is that of no fine-tuning.
+SUPERVISED = {"cifar": "--epochs 200 --seed 1000", "cifar-cpu": "--epochs 30 --seed 1000"}
+FEW_LABELS = {                  # job → flags of finetune.py; our choice of lengths
     "cifar": {
-        "10": "--label-fraction 0.1 --epochs 100",
-        "1": "--label-fraction 0.01 --epochs 200 --batch-size 250",
+        "finetune-10": "--label-fraction 0.1 --epochs 100",
+        "finetune-1": "--label-fraction 0.01 --epochs 200 --batch-size 250",
     },
     "cifar-cpu": {
-        "10": "--label-fraction 0.1 --epochs 15",
-        "1": "--label-fraction 0.01 --epochs 50 --batch-size 50",
+        "finetune-10": "--label-fraction 0.1 --epochs 15",
+        "finetune-1": "--label-fraction 0.01 --epochs 50 --batch-size 50",
     },
 }
 SEARCH = {                      # (lr, drop path) tried for training from scratch
     "cifar": [(1e-3, 0.0), (1e-3, 0.1), (2e-3, 0.0), (2e-3, 0.1)],
-    "cifar-cpu": [(3e-3, 0.0), (3e-3, 0.1), (6e-3, 0.0), (6e-3, 0.1)],
+    "cifar-cpu": [(1.5e-3, 0.0), (3e-3, 0.0), (6e-3, 0.0)],
 }
+KINDS = {                       # jobs that evaluate an arm → column of the main table
+    "finetune": "all labels",
+    "finetune-10": "10 % of labels",
+    "finetune-1": "1 %",
+    "linear": "linear probe",
+    "knn": "kNN",
+}
+ATTACKED = 1000                 # test images that are attacked; our choice
+CHANCE = 10.0                   # % of ten classes
 NOT_RUN = "*not run*"
 
 
 def ablations(recipe):
-    """Tables as the paper's: {title: {entry: (name of its tokenizer, flags of tokenizer.py)}}.
+    """Tables as the paper's: {title: {entry: (name, flags of tokenizer.py, of pretrain.py)}}.
 
-    The flags are None where the tokenizer is one of the main table's.
+    The flags of tokenizer.py are None where the tokenizer is one of the main table's, of seed 0.
     """
     codes = tokenizer.RECIPES[recipe]["codebook_size"]
     depth = SIZES[pretrain.RECIPES[recipe]["model"]]["depth"]
     quarters = [depth * i // 4 for i in (1, 2, 3, 4)]
-    layers = {" ".join(map(str, quarters)): ("peco", None)}
+    peco = ("peco", None, "")
+    weights = {"0": ("pixel", None, "")}
+    for weight in ("0.1", "0.3", "1", "3", "10"):
+        flags = f"--perceptual-weight {weight}"
+        weights[weight] = peco if weight == "1" else (f"lambda-{weight}", flags, "")
+    layers = {" ".join(map(str, quarters)): peco}
     for layer in quarters:
-        layers[str(layer)] = (f"layer-{layer}", f"--perceptual-layers {layer}")
-    # Supervised: not by the network that judges the reconstructions.
-    supervised = f"--perceptual runs/{recipe}/finetune-scratch-0"
+        layers[str(layer)] = (f"layer-{layer}", f"--perceptual-layers {layer}", "")
+    sizes = {}
+    for size in (codes // 2, codes, codes * 2):
+        flags = f"--codebook-size {size}"
+        sizes[f"{size}"] = peco if size == codes else (f"codes-{size}", flags, "")
     return {
-        "Weight λ": {
-            "0": ("pixel", None),
-            "0.3": ("lambda-0.3", "--perceptual-weight 0.3"),
-            "1": ("peco", None),
-            "3": ("lambda-3", "--perceptual-weight 3"),
-        },
+        "Weight λ (Table 10)": weights,
         "Layers": layers,
-        "Perceptual network": {
-            "self-supervised": ("peco", None),
-            "supervised": ("supervised", supervised),
+        "Perceptual network (Table 5)": {
+            "none": ("pixel", None, ""),
+            "self-supervised": peco,
+            "supervised": ("supervised", None, ""),
         },
-        "Adversarial weight": {
-            "0": ("peco", None),
-            "0.4": ("adversarial", "--adversarial-weight 0.4"),
+        "Adversarial weight (Table 7)": {
+            "0": peco,
+            "0.4": ("adversarial", "--adversarial-weight 0.4", ""),
         },
-        "Codebook size": {
-            f"{codes // 2}": (f"codes-{codes // 2}", f"--codebook-size {codes // 2}"),
-            f"{codes}": ("peco", None),
-            f"{codes * 2}": (f"codes-{codes * 2}", f"--codebook-size {codes * 2}"),
+        "Codebook size": sizes,
+        "Encoder and decoder (Table 8)": {
+            "PeCo": peco,
+            "PeCo_MAE": ("mae", None, "--mae --mask-ratio 0.75"),
         },
     }
 
@@ -127,8 +145,9 @@ class Runner:
         return json.loads(file.read_text())
 
     def command(self, name, script, flags):
-        """A job's command line, a list. tools.codewords reads recipe and data from the run."""
-        if script == "tools.codewords":
+        """A job's command line, a list. Tools read recipe and data from the run."""
+        flags = flags.format(folder=self.folder)
+        if script.startswith("tools."):
             return ["python", "-m", script, *flags.split()]
         if {"--epochs", "--steps"} & set(self.extra):       # then all jobs have that length
             flags = re.sub(r"--(epochs|steps) \S+", "", flags)
@@ -191,138 +210,193 @@ class Runner:
     # ---- What was logged
 
     def rows(self, name):
-        log = self.folder / name / "log.jsonl"
-        if not log.exists():
-            return []
-        return [json.loads(line) for line in log.read_text().splitlines()]
+        """The lines of a job's log; a tool's are in the log of the run that it looked at."""
+        kind, _, run = name.partition("-")
+        tools = ("codewords", "attack")
+        log = self.folder / (run if kind in tools else name) / "log.jsonl"
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        if kind in tools:
+            return [row for row in rows if kind in row]
+        return [row for row in rows if not row.keys() & {*tools}]
 
-    def last(self, name, key, **match):
-        """The newest value of `key` in a finished job's log, of rows that match; else None."""
-        job = f"codewords-{name}" if "codewords" in match else name     # in the tokenizer's log
-        if not self.job(job)["finished"]:
-            return None
-        for row in reversed(self.rows(name)):
-            if key in row and match.items() <= row.items():
-                return row[key]
-        return None
+    def finished(self):
+        """{name: command, seconds, hardware, figures (the last line of the log)} of jobs here."""
+        jobs = {}
+        for file in sorted(self.folder.glob("*/job.json")):
+            name, job = file.parent.name, json.loads(file.read_text())
+            if not job["finished"]:
+                continue
+            rows = self.rows(name)
+            about = next((row for row in rows if "args" in row), {})
+            jobs[name] = dict(
+                command=job["command"], seconds=round(job["seconds"]), jobs=job["jobs"],
+                hardware=about.get("hardware"), torch=about.get("torch"), figures=rows[-1])
+        return jobs
 
-    def search(self):
-        """{(lr, drop path) from scratch: top-1 in % on held-out training images, or None}"""
-        return {setting: self.last(search_name(*setting), "top1", split="holdout")
-                for setting in SEARCH[self.recipe]}
+
+# ------------------------------------------------------------------------------------------------
+# The experiment: a seed is a whole chain of tokenizer, pre-training and fine-tuning
+
+def networks(runner):
+    """What all seeds share: both perceptual networks, and the search for training from scratch."""
+    jobs = {
+        "supervised": ("finetune.py", f"{scratch(3e-3, 0.0)} {SUPERVISED[runner.recipe]}"),
+        "teacher": ("teacher.py", ""),
+    }
+    for network in ("supervised", "teacher"):
+        for probe in ("linear", "knn"):
+            flags = f"--init {{folder}}/{network} --probe {probe}"
+            jobs[f"{probe}-{network}"] = ("finetune.py", flags)
+    for setting in SEARCH[runner.recipe]:
+        jobs[search_name(*setting)] = ("finetune.py", f"{scratch(*setting)} --holdout 0.1")
+    return jobs
+
+
+def scratch(lr, drop_path):
+    """Flags of finetune.py."""
+    return f"--init none --layer-decay 1 --lr {lr:g} --drop-path {drop_path:g}"
 
 
 def search_name(lr, drop_path):
     return f"search-{lr:g}-{drop_path:g}"
 
 
-def from_scratch(lr, drop_path):
-    """Flags of finetune.py."""
-    return f"--layer-decay 1 --lr {lr:g} --drop-path {drop_path:g}"
+def search(figures, recipe):
+    """{(lr, drop path) from scratch: top-1 in % on held-out training images, or None}"""
+    return {setting: figure(figures, search_name(*setting), "top1") for setting in SEARCH[recipe]}
 
 
-def main_table(runner, seeds):
-    """Run all jobs of the main table, level by level."""
-    folder = runner.folder
-    runner.run({"teacher": ("teacher.py", "")})
+def chain(runner, arms, seed, best):
+    """Three levels of jobs {name: (script, flags)}: tokenizers, pre-training, evaluation.
 
-    jobs = {f"tokenizer-{arm}": ("tokenizer.py", flags) for arm, flags in TOKENIZERS.items()}
-    for setting in SEARCH[runner.recipe]:
-        flags = f"--init none --holdout 0.1 {from_scratch(*setting)}"
-        jobs[search_name(*setting)] = ("finetune.py", flags)
-    runner.run(jobs)
-    scores = runner.search()
-    best = max(scores, key=lambda setting: scores[setting] or 0.0)
-
-    jobs = {}
-    for seed in seeds:
-        for arm in TOKENIZERS:
-            jobs[f"pretrain-{arm}-{seed}"] = pretraining(runner, arm, seed)
-    runner.run(jobs)
-
-    jobs = {}
-    for seed in seeds:
-        for arm in ARMS:
-            jobs |= finetuning(runner, arm, seed, best)
-        for arm in TOKENIZERS:
-            jobs |= probes(arm, seed, f"{folder}/pretrain-{arm}-{seed}")
-    jobs |= probes("teacher", seeds[0], f"{folder}/teacher")
-    runner.run(jobs)
-
-    runner.run({f"codewords-tokenizer-{arm}": codewords(runner, arm) for arm in TOKENIZERS})
+    best: (lr, drop path) of training from scratch.
+    """
+    tokenizers, pretraining, evaluation = {}, {}, {}
+    for arm in arms:
+        if arm in TOKENIZERS:
+            run = f"tokenizer-{arm}-{seed}"
+            tokenizers[run] = ("tokenizer.py", f"{TOKENIZERS[arm]} --seed {seed}")
+            pretraining[f"pretrain-{arm}-{seed}"] = pretrain_on(run, seed)
+            evaluation[f"codewords-{run}"] = codewords(run, seed)
+        evaluation |= evaluations(runner.recipe, arm, seed, best)
+        if seed == 0 and arm != "scratch":
+            flags = f"{{folder}}/finetune-{arm}-0 --images {ATTACKED}"
+            evaluation[f"attack-finetune-{arm}-0"] = ("tools.attack", flags)
+    judged = {name: job for name, job in evaluation.items() if name.startswith(("code", "attack"))}
+    rest = {name: job for name, job in evaluation.items() if name not in judged}
+    return [tokenizers, pretraining, rest, judged]
 
 
-def pretraining(runner, name, seed):
-    flags = f"--tokenizer {runner.folder}/tokenizer-{name} --seed {seed}"
-    return "pretrain.py", flags
+def pretrain_on(run, seed):
+    return "pretrain.py", f"--tokenizer {{folder}}/{run} --seed {seed}"
 
 
-def finetuning(runner, arm, seed, best):
-    """Jobs of an arm: all labels and, but for the longer one from scratch, few of them."""
-    recipe, name = runner.recipe, f"finetune-{arm}-{seed}"
-    if arm in ("scratch", "scratch-long"):
-        flags = f"--init none --seed {seed} {from_scratch(*best)}"
-    elif arm == "teacher":
-        flags = f"--init {runner.folder}/teacher --seed {seed}"
-    else:
-        flags = f"--init {runner.folder}/pretrain-{arm}-{seed} --seed {seed}"
+def codewords(run, seed):
+    """The judge of reconstructions is no perceptual network: the longer training from scratch."""
+    return "tools.codewords", (f"{{folder}}/{run} --perceptual {{folder}}/teacher "
+                               f"--classifier {{folder}}/finetune-scratch-long-{seed}")
+
+
+def evaluations(recipe, arm, seed, best):
+    """Jobs of an arm by KINDS, those that it has."""
     if arm == "scratch-long":
         epochs = pretrain.RECIPES[recipe]["epochs"] + finetune.RECIPES[recipe]["epochs"]
-        return {name: ("finetune.py", f"{flags} --epochs {epochs}")}
-    jobs = {name: ("finetune.py", flags)}
-    for percent, few in FEW_LABELS[recipe].items():
-        jobs[f"{name}-{percent}"] = ("finetune.py", f"{flags} {few}")
+        flags = f"{scratch(*best)} --seed {seed} --epochs {epochs}"
+        return {f"finetune-{arm}-{seed}": ("finetune.py", flags)}
+    init = "{folder}/teacher" if arm == "teacher" else f"{{folder}}/pretrain-{arm}-{seed}"
+    flags = f"--init {init} --seed {seed}"
+    if arm == "scratch":
+        flags = f"{scratch(*best)} --seed {seed}"
+    jobs = {f"finetune-{arm}-{seed}": ("finetune.py", flags)}
+    for kind, few in FEW_LABELS[recipe].items():
+        jobs[f"{kind}-{arm}-{seed}"] = ("finetune.py", f"{flags} {few}")
+    if arm in TOKENIZERS:
+        for probe in ("linear", "knn"):
+            jobs[f"{probe}-{arm}-{seed}"] = ("finetune.py", f"{flags} --probe {probe}")
     return jobs
 
 
-def probes(arm, seed, init):
-    return {f"{kind}-{arm}-{seed}": ("finetune.py", f"--init {init} --seed {seed} --probe {kind}")
-            for kind in ("linear", "knn")}
+def run_seeds(runner, arms, seeds):
+    runner.run(networks(runner))
+    scores = search(collect(runner), runner.recipe)
+    best = max(scores, key=scores.get)
+    for seed in seeds:
+        for jobs in chain(runner, arms, seed, best):
+            runner.run(jobs)
+        write(runner)
 
 
-def codewords(runner, name):
-    folder = runner.folder
-    flags = (f"{folder}/tokenizer-{name} --classifier {folder}/finetune-scratch-long-0 "
-             f"--perceptual {folder}/teacher")
-    return "tools.codewords", flags
-
-
-def ablation_tables(runner):
-    """Run a tokenizer, its codewords, one pre-training and one fine-tuning for each entry."""
-    own = {}                                                # name → flags of tokenizer.py
+def run_ablations(runner):
+    """A tokenizer, its codewords, one pre-training and one fine-tuning for each entry."""
+    levels = [{}, {}, {}]
     for entries in ablations(runner.recipe).values():
-        for name, flags in entries.values():
-            if flags is not None:
-                own[name] = flags
-    runner.run({f"tokenizer-{name}": ("tokenizer.py", flags) for name, flags in own.items()})
-    jobs = {}
-    for name in own:
-        jobs[f"codewords-tokenizer-{name}"] = codewords(runner, name)
-        jobs[f"pretrain-{name}-0"] = pretraining(runner, name, seed=0)
-    runner.run(jobs)
-    runner.run({f"finetune-{name}-0": ("finetune.py",
-                                       f"--init {runner.folder}/pretrain-{name}-0 --seed 0")
-                for name in own})
+        for name, flags, pretrain_flags in entries.values():
+            own = flags is not None
+            if not own and not pretrain_flags:              # an arm of the main table
+                continue
+            run = f"tokenizer-{name}-0" if own else "tokenizer-peco-0"
+            if own:
+                flags = f"--perceptual {{folder}}/teacher {flags}"
+                levels[0][run] = ("tokenizer.py", flags)
+                levels[1][f"codewords-{run}"] = codewords(run, 0)
+            script, flags = pretrain_on(run, 0)
+            levels[1][f"pretrain-{name}-0"] = (script, f"{flags} {pretrain_flags}")
+            init = f"--init {{folder}}/pretrain-{name}-0"
+            levels[2][f"finetune-{name}-0"] = ("finetune.py", init)
+            levels[2][f"linear-{name}-0"] = ("finetune.py", f"{init} --probe linear")
+    for jobs in levels:
+        runner.run(jobs)
+    write(runner)
 
 
 # ------------------------------------------------------------------------------------------------
-# Tables
+# Tables, of {name of a job: what Runner.finished says of it}
+
+def store(recipe):
+    return ROOT / "results" / f"{recipe}.json"
+
+
+def collect(runner):
+    """The figures in results/RECIPE.json, and over them those of the jobs that are finished here.
+
+    They are written there, a job a line.
+    """
+    file = store(runner.recipe)
+    jobs = json.loads(file.read_text()) if file.exists() else {}
+    jobs |= runner.finished()
+    if jobs:
+        file.parent.mkdir(exist_ok=True)
+        lines = [f"{json.dumps(name)}: {json.dumps(jobs[name])}" for name in sorted(jobs)]
+        file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    return jobs
+
+
+def figure(jobs, name, key):
+    return jobs[name]["figures"].get(key) if name in jobs else None
+
+
+def of_seeds(jobs, prefix, key):
+    """A figure of all seeds that have it, in their order. prefix: the name without the seed."""
+    names = [name for name in jobs if re.fullmatch(rf"{re.escape(prefix)}-\d+", name)]
+    names.sort(key=lambda name: int(name.rpartition("-")[2]))
+    return [figure(jobs, name, key) for name in names]
+
 
 def mean_and_error(values):
-    """Mean and standard error of the mean over seeds; None where a seed is missing."""
-    if not values or None in values:
+    """Mean and standard error of the mean over seeds; None where there are none."""
+    if not values:
         return None
     if len(values) == 1:
         return values[0], float("nan")
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
-def show(values):
+def show(values, form=".1f"):
     pair = mean_and_error(values)
     if pair is None:
         return NOT_RUN
-    mean, error = pair
-    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {error:.1f}"
+    mean, error = (format(value, form) for value in pair)
+    return mean if len(values) == 1 else f"{mean} ± {error}"
 
 
 def table(header, rows):
@@ -330,74 +404,66 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def accuracies(runner, arm, seeds, kind):
-    """Top-1 in % of each seed. kind: "" (all labels), "-10", "-1", "linear" or "knn"."""
-    if kind not in ("linear", "knn"):
-        names = [f"finetune-{arm}-{seed}{kind}" for seed in seeds]
-        return [runner.last(name, "top1", split="val") for name in names]
-    if arm == "teacher":                                    # there is only one
-        seeds = seeds[:1]
-    return [runner.last(f"{kind}-{arm}-{seed}", "top1", probe=kind) for seed in seeds]
-
-
-def arms_table(runner, seeds):
-    kinds = {"": "top-1", "-10": "10 % of labels", "-1": "1 %", "linear": "linear probe",
-             "knn": "kNN"}
-    blank = {"scratch": ("linear", "knn"), "scratch-long": ("-10", "-1", "linear", "knn")}
+def arms_table(recipe, jobs):
     rows = []
     for arm, text in ARMS.items():
         cells = [text]
-        for kind in kinds:
-            asked = kind not in blank.get(arm, ())
-            cells.append(show(accuracies(runner, arm, seeds, kind)) if asked else "")
+        for kind in KINDS:
+            if f"{kind}-{arm}-0" in evaluations(recipe, arm, 0, best=(0, 0)):
+                cells.append(show(of_seeds(jobs, f"{kind}-{arm}", "top1")))
+            elif arm == "teacher":                          # there is only one
+                top1 = figure(jobs, f"{kind}-teacher", "top1")
+                cells.append(NOT_RUN if top1 is None else f"{top1:.1f}")
+            else:
+                cells.append("")
+        cells.append(str(len(of_seeds(jobs, f"finetune-{arm}", "top1"))))
         rows.append(cells)
-    return table(["pre-training", *kinds.values()], rows)
+    return table(["pre-training", *KINDS.values(), "seeds"], rows)
 
 
-CODES = {                       # column → (key in the tokenizer's log, rows that have it, format)
-    "PSNR, dB": ("psnr", dict(split="val"), ".1f"),
-    "perceptual distance": ("distance", dict(codewords=True), ".3f"),
-    "codes used": ("usage", dict(split="val"), ".0%"),
-    "perplexity": ("perplexity", dict(split="val"), ".0f"),
-    "linear on codewords": ("linear", dict(codewords=True), ".1f"),
-    "on reconstructions": ("reconstructions", dict(codewords=True), ".1f"),
+CODES = {                       # column → (job without tokenizer and seed, key, format)
+    "PSNR, dB": ("", "psnr", ".1f"),
+    "perceptual distance": ("codewords-", "distance", ".3f"),
+    "codes used": ("", "usage", ".0%"),
+    "perplexity": ("", "perplexity", ".0f"),
+    "linear on codewords": ("codewords-", "linear", ".1f"),
+    "on reconstructions": ("codewords-", "reconstructions", ".1f"),
 }
 
 
-def codes_row(runner, name):
-    cells = []
-    for key, match, form in CODES.values():
-        value = runner.last(f"tokenizer-{name}", key, **match)
-        cells.append(NOT_RUN if value is None else format(value, form))
-    return cells
+def codes_row(jobs, name):
+    return [show(of_seeds(jobs, f"{job}tokenizer-{name}", key), form)
+            for job, key, form in CODES.values()]
 
 
-def claims(runner, seeds):
+def claims(jobs):
     """The claims that the table is to bear out, each with its verdict."""
-    kinds = {"": "all labels", "-10": "10 %", "-1": "1 %"}
     lines = []
-    for better, worse in (("peco", "pixel"), ("pixel", "scratch"), ("peco", "scratch-long"),
-                          ("pixel", "random")):
-        for kind, label in kinds.items():
-            one = mean_and_error(accuracies(runner, better, seeds, kind))
-            two = mean_and_error(accuracies(runner, worse, seeds, kind))
-            if one is None or two is None or len(seeds) == 1:
+    for better, worse in (("peco", "pixel"), ("supervised", "pixel"), ("pixel", "scratch"),
+                          ("peco", "scratch-long"), ("pixel", "random")):
+        for kind, label in KINDS.items():
+            one = of_seeds(jobs, f"{kind}-{better}", "top1")
+            two = of_seeds(jobs, f"{kind}-{worse}", "top1")
+            if min(len(one), len(two)) < 2:
                 continue
-            gap = one[0] - two[0]
-            error = (one[1] ** 2 + two[1] ** 2) ** 0.5
+            (mean1, error1), (mean2, error2) = mean_and_error(one), mean_and_error(two)
+            gap = mean1 - mean2
+            error = (error1 ** 2 + error2 ** 2) ** 0.5
             verdict = "" if gap > 2 * error else "**not** "
             lines.append(f"- {better} over {worse}, {label}: {gap:+.1f} ± {error:.1f}, "
                          f"{verdict}more than two standard errors")
-    peco = runner.last("tokenizer-peco", "linear", codewords=True)
-    pixel = runner.last("tokenizer-pixel", "linear", codewords=True)
-    if peco and pixel:
-        lines.append(f"- the linear classifier on the codewords: {peco:.1f} (peco) / {pixel:.1f} "
-                     f"(pixel) = {peco / pixel:.2f} times")
+    above_chance = {}
+    for arm in ("pixel", "peco", "supervised"):
+        pair = mean_and_error(of_seeds(jobs, f"codewords-tokenizer-{arm}", "linear"))
+        if pair:
+            above_chance[arm] = pair[0] - CHANCE
+    for arm in ("peco", "supervised"):
+        if arm in above_chance and "pixel" in above_chance:
+            one, two = above_chance[arm], above_chance["pixel"]
+            lines.append(f"- the linear classifier on the codewords, above chance: {one:.1f} "
+                         f"({arm}) / {two:.1f} (pixel) = {one / two:.2f} times")
     return "\n".join(lines)
 
-
-# ------------------------------------------------------------------------------------------------
-# RESULTS.md and the README's table
 
 HEAD = """# Results on CIFAR-10
 Written by `python -m tools.cifar10` (`make cifar10`) from the logs of the runs, never by hand.
@@ -406,94 +472,117 @@ From scratch, the lr and the drop path were searched on held-out training images
 is our choice, by pilots on held-out training images. The test images chose nothing."""
 
 
-def section(runner, seeds):
+def section(recipe, jobs):
     """This recipe's part of RESULTS.md."""
-    arms = arms_table(runner, seeds)
-    original = runner.last("tokenizer-peco", "originals", codewords=True)
-    on_originals = f" ({original:.1f} on the images themselves)" if original else ""
+    originals = of_seeds(jobs, "codewords-tokenizer-peco", "originals")
+    on_originals = f" ({show(originals)} on the images themselves)" if originals else ""
     searched = []
-    for (lr, drop_path), top1 in runner.search().items():
+    for (lr, drop_path), top1 in search(jobs, recipe).items():
         searched.append([f"{lr:g}", f"{drop_path:g}", NOT_RUN if top1 is None else f"{top1:.1f}"])
     parts = [
-        f"## `--recipe {runner.recipe}`",
-        setting(runner),
-        "Top-1 in % on the test images after the last epoch, mean ± standard error over "
-        f"{len(seeds)} seeds. A seed's pre-training and its fine-tuning have that seed; teacher "
-        "and tokenizers were trained once, and their own spread is not in the error. The longer "
-        "fine-tuning does not count the epochs of teacher and tokenizer, which PeCo takes besides.",
-        f"<!-- {runner.recipe} table -->\n{arms}\n<!-- end -->",
-        claims(runner, seeds),
+        f"## `--recipe {recipe}`",
+        setting(recipe, jobs),
+        "Top-1 in % on the test images after the last epoch, mean ± standard error over seeds. A "
+        "seed is a whole chain: tokenizer, pre-training and fine-tuning have that seed. The two "
+        "perceptual networks were trained once, and their own spread is not in the error. The "
+        "supervised one has seen **all** labels of the training images, so the columns with few "
+        "labels flatter it. The longer fine-tuning does not count the epochs of perceptual network "
+        "and tokenizer, which PeCo takes besides.",
+        f"<!-- {recipe} table -->\n{arms_table(recipe, jobs)}\n<!-- end -->",
+        claims(jobs),
+        "### Perceptual networks",
+        "What they know, before any tokenizer: top-1 in % of classifiers on their features.",
+        networks_table(jobs),
         "### Codewords",
-        "On the 10,000 validation images. Linear: top-1 of a linear classifier on the "
-        "average-pooled codewords (the paper's Table 4). On reconstructions: top-1 of the first "
-        f"seed of the longer fine-tuning from scratch{on_originals}.",
+        "On the 10,000 test images. Linear: top-1 of a linear classifier on the average-pooled "
+        "codewords (the paper's Table 4). On reconstructions: top-1 of the longer fine-tuning from "
+        f"scratch of the same seed{on_originals}. The distance is by the self-supervised network.",
         table(["tokenizer", *CODES],
-              [[ARMS[name], *codes_row(runner, name)] for name in TOKENIZERS]),
-        *pictures(runner),
+              [[ARMS[name], *codes_row(jobs, name)] for name in TOKENIZERS]),
+        *pictures(recipe),
+        "### Attacks (Table 11)",
+        f"Top-1 in % of seed 0, fine-tuned on all labels, on the first {ATTACKED} test images.",
+        attacks_table(jobs),
         "### Search from scratch",
         "Top-1 in % on a tenth of the training images, held out; the best is used by all "
         "fine-tuning from scratch.",
         table(["lr", "drop path", "top-1"], searched),
         "### Ablations",
-        "One seed each: read no small difference into them.",
+        "Seed 0 alone: read no small difference into them.",
     ]
-    for title, entries in ablations(runner.recipe).items():
+    for title, entries in ablations(recipe).items():
         rows = []
-        for entry, (name, _) in entries.items():
-            top1 = runner.last(f"finetune-{name}-0", "top1", split="val")
-            rows.append([entry, show([top1]), *codes_row(runner, name)])
-        parts.append(table([title, "top-1", *CODES], rows))
-    parts += times(runner)
+        for entry, (name, flags, pretrain_flags) in entries.items():
+            tokenizer_name = "peco" if flags is None and pretrain_flags else name
+            first = {job: value for job, value in jobs.items() if job.endswith("-0")}
+            cells = [show(of_seeds(first, f"{kind}-{name}", "top1"))
+                     for kind in ("finetune", "linear")]
+            rows.append([entry, *cells, *codes_row(first, tokenizer_name)])
+        parts.append(table([title, "all labels", "linear probe", *CODES], rows))
+    parts += times(jobs)
     return "\n\n".join(part for part in parts if part)
 
 
-def setting(runner):
+def setting(recipe, jobs):
     """The sentences on network, epochs, hardware and data."""
-    vit = pretrain.RECIPES[runner.recipe]
+    vit = pretrain.RECIPES[recipe]
     size = SIZES[vit["model"]]
-    epochs = ", ".join(f"{stage.__name__} {stage.RECIPES[runner.recipe]['epochs']}"
+    epochs = ", ".join(f"{stage.__name__} {stage.RECIPES[recipe]['epochs']}"
                        for stage in (teacher, tokenizer, pretrain, finetune))
-    text = (f"ViT-{vit['model']} ({size['dim']} wide, {size['depth']} blocks), patches of "
+    machines = {f"{job['hardware']}, PyTorch {job['torch']}": None for job in jobs.values()
+                if job["hardware"]}
+    return (f"ViT-{vit['model']} ({size['dim']} wide, {size['depth']} blocks), patches of "
             f"{vit['patch_size']} of 32 pixels. Epochs: {epochs}; the rest: `RECIPES` in each "
-            "script. ")
-    first = next((row for row in runner.rows("finetune-peco-0") if "args" in row), None)
-    if first is None:
-        return f"{text}Hardware: {NOT_RUN}."
-    source = Path(first["args"]["data"])
-    jpeg = ", re-encoded as JPEG" if any(source.glob("train/*/*.jpg")) else ""  # not CIFAR-10's own
-    return (f"{text}Hardware: {first['hardware']}, PyTorch {first['torch']}. "
-            f"Data: `{source}`{jpeg}.")
+            f"script. Hardware: {'; '.join(machines) or NOT_RUN}.")
 
 
-def pictures(runner):
-    """Copies the tokenizers' pictures to results/; the paragraphs that show them."""
+def networks_table(jobs):
+    rows = []
+    for network, text in (("teacher", "self-supervised: MoCo v3"),
+                          ("supervised", "supervised: the same ViT, on all training labels")):
+        top1 = [figure(jobs, f"{probe}-{network}", "top1") for probe in ("linear", "knn")]
+        rows.append([text, *(NOT_RUN if value is None else f"{value:.1f}" for value in top1)])
+    return table(["network", "linear probe", "kNN"], rows)
+
+
+def attacks_table(jobs):
+    rows = []
+    for arm, text in ARMS.items():
+        cells = [of_seeds(jobs, f"attack-finetune-{arm}", key) for key in ("clean", "bim", "mim")]
+        if arm != "scratch":
+            rows.append([text, *map(show, cells)])
+    return table(["pre-training", "clean", "BIM", "MIM"], rows)
+
+
+def pictures(recipe):
+    """Copies the first seed's pictures to results/; the paragraphs that show them."""
     captions = {"reconstructions": "originals over reconstructions",
                 "codes": "a row of patches for each of the most used codes"}
     parts = []
     for picture, caption in captions.items():
         for name in ("pixel", "peco"):
-            if not runner.job(f"tokenizer-{name}")["finished"]:
-                continue
-            target = f"results/{runner.recipe}-{name}-{picture}.png"
-            (ROOT / "results").mkdir(exist_ok=True)
-            shutil.copy(runner.folder / f"tokenizer-{name}" / f"{picture}.png", ROOT / target)
-            parts.append(f"{ARMS[name]}: {caption}\n\n![{name} {picture}]({target})")
+            source = Path("runs", recipe, f"tokenizer-{name}-0", f"{picture}.png")
+            target = f"results/{recipe}-{name}-{picture}.png"
+            if source.exists():
+                shutil.copy(source, ROOT / target)
+            if (ROOT / target).exists():
+                parts.append(f"{ARMS[name]}: {caption}\n\n![{name} {picture}]({target})")
     return parts
 
 
-def times(runner):
+def times(jobs):
     """Paragraphs on the jobs' seconds, by stage."""
-    seconds, side_by_side = {}, 1
-    for path in sorted(runner.folder.glob("*/job.json")):
-        job = json.loads(path.read_text())
-        stage = path.parent.name.split("-")[0]
-        seconds[stage] = seconds.get(stage, 0.0) + job["seconds"]
-        side_by_side = max(side_by_side, job.get("jobs", 1))
+    seconds = {}
+    for name, job in jobs.items():
+        stage = name.split("-")[0]
+        seconds[stage] = seconds.get(stage, 0) + job["seconds"]
     if not seconds:
         return []
+    side_by_side = max(job["jobs"] for job in jobs.values())
     seconds["all"] = sum(seconds.values())
-    return ["### Time", f"Seconds of the jobs from start to end, {side_by_side} side by side.",
-            table(["", "seconds"], [[name, f"{value:.0f}"] for name, value in seconds.items()])]
+    return ["### Time",
+            f"Seconds of the jobs from start to end, up to {side_by_side} side by side.",
+            table(["", "seconds"], [[name, f"{value}"] for name, value in seconds.items()])]
 
 
 def replace(text, name, new):
@@ -502,20 +591,17 @@ def replace(text, name, new):
     return text[:found.end(1)] + new + "\n" + text[found.start(2):]
 
 
-def write(runner, seeds):
-    """Write this recipe's part of RESULTS.md, and the README's table; the other part stays."""
-    results, readme = ROOT / "RESULTS.md", ROOT / "README.md"
-    old = results.read_text() if results.exists() else ""
-    parts = [HEAD]
+def write(runner):
+    """Write RESULTS.md, and the README's tables, from results/ and what is finished here."""
+    collect(runner)
+    readme = ROOT / "README.md"
+    text, parts = readme.read_text(), [HEAD]
     for recipe in SEARCH:
-        found = re.search(rf"^## `--recipe {recipe}`.*?(?=^## |\Z)", old, re.S | re.M)
-        if recipe == runner.recipe or not found:
-            parts.append(section(Runner(recipe), seeds))
-        else:
-            parts.append(found[0].strip())
-    results.write_text("\n\n".join(parts) + "\n")
-    arms = arms_table(runner, seeds)
-    readme.write_text(replace(readme.read_text(), f"{runner.recipe} table", arms))
+        jobs = json.loads(store(recipe).read_text()) if store(recipe).exists() else {}
+        parts.append(section(recipe, jobs))
+        text = replace(text, f"{recipe} table", arms_table(recipe, jobs))
+    (ROOT / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
+    readme.write_text(text)
 
 
 def main(argv=None):
@@ -527,7 +613,8 @@ def main(argv=None):
     p.add_argument("--data", default=None if Path(ROOT, "data/cifar10").is_dir() else "cifar10",
                    help="dataset, as the stages' --data; default: the recipe's data/cifar10 where "
                         "it is a folder, else torchvision's download")
-    p.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="which to run")
+    p.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="which to run")
     p.add_argument("--jobs", type=int, default=2, help="command lines side by side")
     p.add_argument("--ablations", action="store_true", help="also the paper's ablations")
     p.add_argument("--report", action="store_true",
@@ -535,14 +622,13 @@ def main(argv=None):
     args, extra = p.parse_known_args(argv)
     os.chdir(ROOT)
     runner = Runner(args.recipe, args.jobs, args.data, extra)
-    seeds = range(args.seeds)
-    if not args.report:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, runner.stop)
-        main_table(runner, seeds)
-        if args.ablations:
-            ablation_tables(runner)
-    write(runner, seeds)
+    if args.report:
+        return write(runner)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, runner.stop)
+    run_seeds(runner, args.arms, args.seeds)
+    if args.ablations:
+        run_ablations(runner)
 
 
 if __name__ == "__main__":
