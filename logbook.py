@@ -122,6 +122,8 @@ class Run:
         now = vars(self.args)
         same = {path for path, contents in CONTENTS.items()
                 if now.get(contents) and now[contents] == then.get(contents)}
+        if Path(now["data"]).name != Path(then["data"]).name:       # cifar10, cifar100: as many
+            same.discard("data")
         if "images" not in then:                            # of an older version
             same.add("images")
         keys = sorted(now.keys() - MAY_CHANGE_ON_RESUME - same)     # not those of a former flag
