@@ -7,11 +7,14 @@ Each is written once, for both forms of --augment: augment.py's steps have the n
 of torchvision's.
 """
 import numpy as np
+import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
+from torchvision.utils import make_grid, save_image
 
 import augment
+from runtime import InputError
 
 BICUBIC = InterpolationMode.BICUBIC                         # BEiT's
 
@@ -28,6 +31,15 @@ def to_pixels(image, *target):
     """Where pixels get their range: PIL image → float32 (3, H, W), [0, 255] → [-1, 1]."""
     pixels = T.functional.pil_to_tensor(image).float() / 127.5 - 1
     return (pixels, *target) if target else pixels
+
+
+def save_rows(rows, file):
+    """The way back: rows of images (B, 3, H, W) under one another, as a PNG. InputError: full."""
+    picture = make_grid(torch.cat(rows).float().clamp(-1, 1), len(rows[0]), pad_value=1.0)
+    try:
+        save_image(picture, file, format="png", normalize=True, value_range=(-1, 1))
+    except OSError as error:
+        raise InputError(f"{file}: not written ({error})") from error
 
 
 class Each(T.Compose):

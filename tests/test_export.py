@@ -1,7 +1,6 @@
 """For use outside: weights.load, runs as folders for transformers, the report."""
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -182,42 +181,56 @@ def test_only_what_is_beits_is_exported(chain):
 # ------------------------------------------------------------------------------------------------
 # The report
 
-def test_report(chain, folder, monkeypatch):
-    runs = [str(chain.tokenizer), str(chain.pretrain), str(chain.finetune)]
-    with monkeypatch.context() as patch:
-        patch.chdir(chain.root)                             # where the run's tokenizer is
-        report.main([*runs, "--output", str(folder / "page.html")])
+def sections(page):
+    """A page's sections, by stage."""
+    return dict(re.findall(r"<section><h2>(\w+)</h2>(.*?)</section>", page, re.S))
+
+
+def test_report_of_a_folder_of_runs(chain):
+    report.main([str(chain.root / "runs"), "--output", "page.html"])
     page = Path("page.html").read_text()
+    stages = sections(page)
+    trained = [stage for stage in ("teacher", "tokenizer", "pretrain", "finetune")
+               if stage in stages]
+    assert trained == ["teacher", "tokenizer", "pretrain", "finetune"]
+    assert len(stages) == page.count("<h2>")
+    for stage, name in [("teacher", "loss"), ("tokenizer", "usage (val)"), ("pretrain", "loss"),
+                        ("pretrain", "accuracy (val)"), ("finetune", "top1 (val)")]:
+        assert stages[stage].count(f"<b>{name}</b>") == 1   # of one stage each, by its own axes
     assert page.count("<polyline") > 10
-    assert page.count("data:image/png;base64,") == 3        # two pictures, one drawn now
-    for name in ("loss", "psnr (val)", "usage (val)", "top1 (val)", "images_per_s", "lr"):
-        assert f"<b>{name}</b>" in page
-    assert f"{log(chain.pretrain)[-1]['loss']:.3g}" in page
-    assert "no masked predictions" not in page
+    assert stages["tokenizer"].count("data:image/png;base64,") == 2
+    assert stages["pretrain"].count("data:image/png;base64,") == 1
     assert not re.search(r"(src|href)=.?(http|//|/)", page)     # no network
-    row = re.search(r"<tr class=differs><td>stage</td>(.*?)</tr>", page)[1]
-    assert re.findall(r"&quot;(\w+)&quot;", row) == ["tokenizer", "pretrain", "finetune"]
+    assert not re.search(r">[^<]*\d\.\d{5,}[^<]*<", re.sub(r"<svg.*?</svg>", "", page))   # rounded
+
+
+def test_report_compares_runs_of_a_stage(chain):
+    flags = [*chain.inputs["pretrain"], "--steps", "2", "--lr", "1e-4", "--output", "other"]
+    run("pretrain", *flags)
+    report.main([str(chain.pretrain), "other"])
+    page = sections(Path("report.html").read_text())["pretrain"]
+    losses = [log(folder)[-1]["loss"] for folder in (chain.pretrain, "other")]
+    shown = re.search(r"<b>loss</b>, at the end (.*?)</figcaption>", page)[1]
+    assert re.findall(r'style="color:(#\w+)">(.*?)<', shown) == [
+        (colour, f"{loss:.3g}") for colour, loss in zip(report.COLOURS, losses, strict=False)]
+    assert re.findall(r"background:(#\w+)", page) == list(report.COLOURS[:2])
+    differing = re.findall(r"<tr class=differs><td>(\w+)</td>", page)
+    assert {"lr", "output", "steps"} <= set(differing) < {"lr", "output", "steps", "tokenizer"}
     report.main([str(chain.pretrain), str(chain.pretrain), "--output", "same.html"])
     assert "class=differs" not in Path("same.html").read_text()
-    with pytest.raises(InputError, match="nowhere: no log.jsonl in it"):
+
+
+def test_report_refuses_what_it_cannot_do(chain):
+    with pytest.raises(InputError, match="nowhere: no log.jsonl in it or below"):
         report.main(["nowhere"])
+    with pytest.raises(InputError, match="--output gone/page.html: not written"):
+        report.main([str(chain.pretrain), "--output", "gone/page.html"])
 
 
 def test_report_of_a_probe(chain):
     row = run("finetune", "--init", str(chain.finetune), "--eval", "--output", "run")
     report.main(["run"])
     assert f"top1 {report.number(row['top1'])}, " in Path("report.html").read_text()
-
-
-def test_report_of_a_run_whose_tokenizer_is_gone(chain):
-    shutil.copytree(chain.pretrain, "run")
-    for path in Path("run").glob("step-*.pt"):
-        state = checkpoint.load(path)
-        del state["digest"]
-        state["args"]["tokenizer"] = "gone"
-        checkpoint.write(path, state)
-    report.main(["run"])
-    assert "no masked predictions: gone: nothing there" in Path("report.html").read_text()
 
 
 def test_statistics_of_the_inputs_are_exported(chain):
