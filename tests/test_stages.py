@@ -130,10 +130,18 @@ def test_help_shows_the_recipes_defaults(stage, recipe, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         STAGES[stage].get_args(["--help", "--recipe", recipe])
     assert stop.value.code == 0
-    shown = help_of_flags(capsys.readouterr().out)
+    text = capsys.readouterr().out
+    shown = help_of_flags(text)
     for key, value in STAGES[stage].RECIPES[recipe].items():
-        flag = "--" + key.replace("_", "-")
-        assert shown[flag].endswith(f"(default: {value})")
+        found = re.search(r"\(default: (.*)\)$", shown["--" + key.replace("_", "-")])
+        if value is None or value is False:                 # the text says what happens
+            assert not found
+        elif isinstance(value, str):
+            assert found[1] == value
+        else:                                               # as one would give it on a command line
+            values = value if isinstance(value, list) else [value]
+            assert [float(text) for text in found[1].split()] == pytest.approx(values, rel=0.005)
+    assert not re.search(r"None|False|\d\.\d{5}", text)
 
 
 # ------------------------------------------------------------------------------------------------

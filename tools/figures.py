@@ -14,11 +14,9 @@ import random
 import sys
 
 import torch
-from PIL import Image
 
 import checkpoint
 import data
-import transforms
 from model import block_mask
 from pretrain import masked_rows
 from runtime import InputError
@@ -84,19 +82,12 @@ def distances(run, reference, views):
     (our choice: the paper does not say how).
     """
     tokenizer = load(run, ["tokenizer"])
-    images = torch.stack([tokenizer.preprocess(open_image(path)) for path in (reference, *views)])
+    images = torch.stack([tokenizer.preprocess(path) for path in (reference, *views)])
     vectors = tokenizer.quantizer.lookup(tokenizer.encode(images))          # (3, D, h, w)
     result = {}
     for name, maps in (("L2", images), ("tokens", vectors)):
         result[name] = [(view - maps[0]).square().mean().item() for view in maps[1:]]
     return result
-
-
-def open_image(path):
-    try:
-        return transforms.to_rgb(Image.open(path))
-    except OSError as error:
-        raise InputError(f"{path}: not a readable image ({error})") from error
 
 
 def main(argv=None):

@@ -21,7 +21,6 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-import checkpoint
 import data
 import detect
 import finetune
@@ -92,7 +91,7 @@ def checkpoint_without_weights(path):
     if path == "none":
         return {}
     try:
-        state = checkpoint.load(path)
+        state = weights.read_state(path)
     except runtime.InputError:
         state = {}
     if "model_args" not in state and path != "moco_v3":
