@@ -141,7 +141,7 @@ def test_help_shows_the_recipes_defaults(stage, recipe, capsys, monkeypatch):
         else:                                               # as one would give it on a command line
             values = value if isinstance(value, list) else [value]
             assert [float(text) for text in found[1].split()] == pytest.approx(values, rel=0.005)
-    assert not re.search(r"None|False|\d\.\d{5}", text)
+    assert not re.search(r"default: (None|False|.*\d\.\d{5})", text)
 
 
 # ------------------------------------------------------------------------------------------------
