@@ -114,8 +114,10 @@ def get_args(argv=None):
                         "of val/: to choose hyper-parameters by, 0 to 1")
     p.add_argument("--randaugment", type=int, help="magnitude of RandAugment, 0 (none) to 30")
     p.add_argument("--erasing", type=float, help="probability of random erasing, 0 to 1")
-    p.add_argument("--mixup", type=float, help="α of mixup; 0: no mixup")
-    p.add_argument("--cutmix", type=float, help="α of cutmix; 0: no cutmix")
+    p.add_argument("--mixup", type=float,
+                   help="α of mixup, whose shares are of Beta(α, α); 0: no mixup")
+    p.add_argument("--cutmix", type=float,
+                   help="α of cutmix, whose shares are of Beta(α, α); 0: no cutmix")
     p.add_argument("--smoothing", type=float, help="label smoothing, 0 to 1")
     p.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up of the lr")
     p.add_argument("--ema-decay", type=float, default=0.0,

@@ -298,6 +298,9 @@ class VisionTransformer(nn.Module):
 
     def tokens(self, images, layers, mask=None):
         """Tokens after the named blocks, counted from 1: list of (B, 1+N, D)."""
+        depth = len(self.blocks)
+        if not layers or not all(1 <= layer <= depth for layer in layers):
+            raise InputError(f"layers {list(layers)}: this ViT has blocks 1 to {depth}")
         x, grid = self.embed(images, mask)
         shared_bias = self.rel_pos_bias(grid) if self.rel_pos_bias is not None else None
         outputs = {}
@@ -307,18 +310,27 @@ class VisionTransformer(nn.Module):
                 outputs[layer] = x
         return [outputs[layer] for layer in layers]
 
-    def features(self, images, layers):
-        """Patch features after the named blocks, counted from 1: list of (B, D, h, w)."""
+    def features(self, images, layers=None):
+        """Patch features after the named blocks, counted from 1: list of (B, D, h, w).
+
+        By default after the last one alone. Raises InputError where there is no such block.
+        """
+        layers = [len(self.blocks)] if layers is None else layers
         h, w = self.grid_of(images)
         return [x[:, 1:].mT.unflatten(2, (h, w)) for x in self.tokens(images, layers)]
 
+    def forward_features(self, images):
+        """Normalised tokens (B, 1+N, D), as timm's. A classifier normalises only their mean."""
+        return self.norm(self.tokens(images, [len(self.blocks)])[0])
+
     def forward(self, images, mask=None):
-        x = self.tokens(images, [len(self.blocks)], mask)[0]                    # (B, 1+N, D)
         if mask is not None:
+            x = self.tokens(images, [len(self.blocks)], mask)[0]                # (B, 1+N, D)
             masked = x[:, 1:][mask.flatten(1)]                                  # (M, D)
             return self.lm_head(self.norm(masked))                              # (M, K)
+        x = self.forward_features(images)                                       # (B, 1+N, D)
         if self.head is None:
-            return self.norm(x)
+            return x
         return self.head(self.fc_norm(x[:, 1:].mean(1)))                        # (B, classes)
 
 

@@ -3,7 +3,10 @@
     python pretrain.py --recipe demo
     torchrun --nproc-per-node 8 pretrain.py --epochs 800
 """
+from pathlib import Path
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -12,14 +15,7 @@ import data
 import runtime
 import transforms
 from logbook import Run
-from model import (
-    SIZES,
-    MaskedAutoencoder,
-    VisionTransformer,
-    block_mask,
-    param_groups,
-    random_mask,
-)
+from model import SIZES, MaskedAutoencoder, VisionTransformer, block_mask, param_groups, random_mask
 from weights import restore
 
 PAPER = dict(
@@ -134,7 +130,7 @@ class AugmentAndMask:
 
 
 def load_tokenizer(args):
-    """The frozen tokenizer and its digest. Each of its codes must describe a patch of the ViT."""
+    """The frozen tokenizer and its checkpoint. A code of it must describe a patch of the ViT."""
     state = checkpoint.load(
         args.tokenizer, ["tokenizer"], "--tokenizer", f"tokenizer.py --recipe {args.recipe}")
     tokenizer = restore(f"--tokenizer {args.tokenizer}", state)
@@ -146,7 +142,7 @@ def load_tokenizer(args):
             f"--tokenizer {args.tokenizer}: its codes of {tokenizer.stride} px do not fit the "
             f"ViT's {grid}×{grid} patches of {args.patch_size} px: train one of about that stride, "
             "or change --patch-size")
-    return tokenizer.eval().requires_grad_(False), state["digest"]
+    return tokenizer.eval().requires_grad_(False), state
 
 
 def build(args, codes):
@@ -176,11 +172,69 @@ def mae_decoder(size):
     return dict(dim=dim, depth=min(8, depth // 2), heads=max(dim // 32, 1))
 
 
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+
+def load_val(args):
+    """The validation images, or None where there are none."""
+    try:
+        return data.load_dataset(args.data, "val", args.image_size)
+    except runtime.InputError as error:
+        if runtime.rank() == 0:
+            runtime.warn(f"no evaluation: {error}")
+        return None
+
+
+@torch.no_grad()
+def evaluate(args, model, tokenizer, dataset, transform, device):
+    """Loss and accuracy (0 to 1) over masked patches of validation images, and masked.png.
+
+    Of 5000 images at most (our choice), each under the same mask every time. Every image counts
+    once, on any number of ranks.
+    """
+    model.eval()
+    losses, hits, patches = torch.zeros(3, dtype=torch.float64, device=device)
+    shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    loader = data.eval_loader(dataset, transform, runtime.micro_batch(args), args.workers,
+                              indices=shuffled[:5000].tolist())
+    for number, (batch, _) in enumerate(loader):
+        images, mask = data.to_device(batch, device)
+        with runtime.autocast(args, device):
+            target = tokenizer.encode(images, mask.shape[1])[mask]              # (M,)
+            logits = model(images, mask)                                        # (M, K)
+            losses += F.cross_entropy(logits.float(), target, reduction="sum")
+            hits += (logits.argmax(1) == target).sum()
+            patches += len(target)
+            if number == 0 and runtime.rank() == 0:
+                rows = masked_rows(model, tokenizer, images[:8], mask[:8])
+                transforms.save_rows(rows, Path(args.output, "masked.png"))
+    if dist.is_initialized():
+        for total in (losses, hits, patches):
+            dist.all_reduce(total)
+    model.train()
+    return dict(loss=(losses / patches).item(), accuracy=(hits / patches).item())
+
+
+@torch.no_grad()
+def masked_rows(model, tokenizer, images, mask):
+    """Images, masked, with the predicted codes decoded, with the true ones: four (B, 3, H, W)."""
+    true = tokenizer.encode(images, mask.shape[1])
+    predicted = true.clone()
+    predicted[mask] = model(images, mask).argmax(1)
+    size = images.shape[2:]
+    grey = F.interpolate(mask[:, None].float(), size) > 0
+    decoded = [F.interpolate(tokenizer.decode(codes), size) for codes in (predicted, true)]
+    return [images, torch.where(grey, 0.0, images), *decoded]
+
+
+# ------------------------------------------------------------------------------------------------
+
 def main(args):
     device = runtime.device()
 
     # The tokenizer; its digest is an argument, since other codes are other targets.
-    tokenizer, args.tokenizer_digest = load_tokenizer(args)
+    tokenizer, tokenizer_state = load_tokenizer(args)
+    args.tokenizer_digest = tokenizer_state["digest"]
     tokenizer.to(device, memory_format=torch.channels_last)
 
     # The model and its optimizer
@@ -193,13 +247,16 @@ def main(args):
     # The data
     grid = args.image_size // args.patch_size
     dataset = data.load_dataset(args.data, "train", args.image_size)
+    val = load_val(args)
     augment = transforms.pretrain(args.image_size, args.crop_min, args.jitter, args.augment)
     masked = round(args.mask_ratio * grid * grid)
     if not 0 < masked < grid * grid:
         raise runtime.InputError(f"--mask-ratio {args.mask_ratio}: it masks {masked} of the "
                                  f"{grid * grid} patches; at least one of each kind is needed")
-    min_block = 0 if args.mae else args.mask_block
-    transform = AugmentAndMask(augment, grid, masked, min_block)
+    masks = (grid, masked, 0 if args.mae else args.mask_block)
+    transform = AugmentAndMask(augment, *masks)
+    eval_crop = tokenizer_state["args"]["eval_crop"]        # evaluated as the tokenizer was
+    val_transform = AugmentAndMask(transforms.evaluation(args.image_size, eval_crop), *masks)
 
     # The run: a new one, or from where it stopped
     run = Run(args, len(dataset), optimizer, model_args, modules)
@@ -215,6 +272,9 @@ def main(args):
     for step in run.progress():
         if run.due(step):                                # an epoch ended, the run, or a signal came
             run.save(step)
+            if val:
+                row = evaluate(args, model, tokenizer, val, val_transform, device)
+                run.log_evaluation(step, split="val", **row)
         if step == run.steps:
             break
 

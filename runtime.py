@@ -135,12 +135,24 @@ def one_process(tool):
         raise InputError(f"this counts on one process: python -m tools.{tool}")
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds defaults to help texts, with three digits; none where the text says what happens."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default is None or default is False or not action.option_strings:
+            return action.help
+        values = default if isinstance(default, list) else [default]
+        shown = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
+        return f"{action.help} (default: {' '.join(shown)})"
+
+
 def parser(stage, doc):
     """An argument parser with the flags that every stage has. The stage adds its own."""
     p = argparse.ArgumentParser(
         add_help=False,                                # parse() prints it, when it knows the recipe
         description=doc.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     p.set_defaults(stage=stage)
     p.add_argument("--help", "-h", action="store_true",

@@ -83,10 +83,12 @@ def get_args(argv=None):
     p.add_argument("--model", choices=SIZES, help="size of the ViT")
     p.add_argument("--patch-size", type=int, help="side of a patch, pixels")
     p.add_argument("--hidden", type=int, help="width of the heads' hidden layers")
-    p.add_argument("--features", type=int, help="dimension of q and k")
-    p.add_argument("--temperature", type=float, help="τ of the contrastive loss")
+    p.add_argument("--features", type=int, help="dimension of q and k, which the loss compares")
+    p.add_argument("--temperature", type=float,
+                   help="τ, by which the contrastive loss divides the similarities")
     p.add_argument("--momentum", type=float,
-                   help="m of the key encoder at the start; it rises to 1 by a cosine")
+                   help="m, share of its weights that the key encoder keeps in a step, at the "
+                        "start; it rises to 1 by a cosine")
     p.add_argument("--weight-decay", type=float, help="AdamW's weight decay, of matrices")
     p.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up of the lr")
     p.add_argument("--checkpoint-activations", action="store_true",

@@ -107,7 +107,8 @@ def get_args(argv=None):
     p.add_argument("--patch-size", type=int, help="side of a patch of --vit, pixels")
     p.add_argument("--codebook-size", type=int, help="K, number of codes")
     p.add_argument("--code-dim", type=int, help="D, dimension of a code")
-    p.add_argument("--decay", type=float, help="γ of the codebook's moving averages, a step")
+    p.add_argument("--decay", type=float,
+                   help="γ, decay of the codebook's moving averages in a step")
     p.add_argument("--revive", type=float,
                    help="a code used less than this share of the mean use starts anew; 0: never")
     p.add_argument("--commitment-weight", type=float, help="β, weight of the commitment term")

@@ -6,14 +6,41 @@ With --augment image a worker makes that; with batch a worker makes bytes and ra
 Each is written once, for both forms of --augment: augment.py's steps have the names and arguments
 of torchvision's.
 """
+from pathlib import Path
+
 import numpy as np
+import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
+from torchvision.utils import make_grid, save_image
 
 import augment
+from runtime import InputError
 
 BICUBIC = InterpolationMode.BICUBIC                         # BEiT's
+
+
+def open_image(image):
+    """A PIL image of a path, a PIL image, or pixels (H, W, 3) uint8, NumPy's or PyTorch's.
+
+    Raises InputError for anything else, and for a file that is not a readable image.
+    """
+    if isinstance(image, (str, Path)):
+        try:
+            return to_rgb(Image.open(image))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(f"{image}: not a readable image ({error})") from error
+    if isinstance(image, Image.Image):
+        return image
+    found = type(image).__name__
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        pixels = image.cpu().numpy() if isinstance(image, torch.Tensor) else image
+        if pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3:
+            return Image.fromarray(pixels)
+        found = f"{found} of {pixels.dtype}, {pixels.shape}"
+    raise InputError("an image is a path, a PIL image, or an array or tensor (H, W, 3) of uint8, "
+                     f"not {found}")
 
 
 def to_rgb(image):
@@ -28,6 +55,15 @@ def to_pixels(image, *target):
     """Where pixels get their range: PIL image → float32 (3, H, W), [0, 255] → [-1, 1]."""
     pixels = T.functional.pil_to_tensor(image).float() / 127.5 - 1
     return (pixels, *target) if target else pixels
+
+
+def save_rows(rows, file):
+    """The way back: rows of images (B, 3, H, W) under one another, as a PNG. InputError: full."""
+    picture = make_grid(torch.cat(rows).float().clamp(-1, 1), len(rows[0]), pad_value=1.0)
+    try:
+        save_image(picture, file, format="png", normalize=True, value_range=(-1, 1))
+    except OSError as error:
+        raise InputError(f"{file}: not written ({error})") from error
 
 
 class Each(T.Compose):

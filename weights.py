@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 import torchvision
+from torchvision.transforms import v2 as T
 
+import beit
 import checkpoint
 import transforms
 from codebook import VQTokenizer
@@ -48,14 +50,28 @@ TASK = ("head.", "lm_head.", "fc_norm.", "norm.", "mask_token")
 def load(path, stages=("teacher", "tokenizer", "pretrain", "finetune")):
     """The network of a run or checkpoint, ready to use, in eval mode on the CPU.
 
-    A VQTokenizer of tokenizer.py's, a VisionTransformer of the other stages'. Its .preprocess turns
-    a PIL image into pixels (3, H, W). Raises InputError where the run is of another stage.
+    A VQTokenizer of tokenizer.py's, a VisionTransformer of the other stages' and of a folder of
+    transformers' BEiT (tools/export.py writes one). Its .preprocess turns an image, as
+    transforms.open_image takes it, into pixels (3, H, W). Raises InputError for any other stage.
     """
-    state = checkpoint.load(path, stages)
+    state = read_state(path, stages)
     model = restore(path, state)
-    eval_crop = state["args"].get("eval_crop", 0.875)
-    model.preprocess = transforms.evaluation(model.image_size, eval_crop)
+    evaluation = transforms.evaluation(model.image_size, state["args"].get("eval_crop", 0.875))
+    model.preprocess = T.Compose([transforms.open_image, evaluation])
     return model.eval().requires_grad_(False)
+
+
+def read_state(path, stages=None, flag="", made_by=""):
+    """checkpoint.load, which also takes the folders that tools/export.py writes."""
+    folder = Path(path)
+    if (folder / "config.json").exists():
+        state = beit.read(folder)
+        if stages and state["stage"] not in stages:
+            raise InputError(f"{folder}: found transformers' BEiT, "
+                             f"expected one of {' or '.join(stages)}")
+        return state
+    teacher = folder / "checkpoint.pth.tar"
+    return checkpoint.load(teacher if teacher.exists() else path, stages, flag, made_by)
 
 
 def restore(source, state):
@@ -142,7 +158,8 @@ def add_arguments(p, also="none: from scratch"):
     group = p.add_argument_group("the ViT and its optimizer")
     group.add_argument("--init",
                        help="what to begin from: run or checkpoint of pretrain.py, teacher.py or "
-                            f"finetune.py, a file of BEiT's, timm's or MoCo v3's, or {also}")
+                            f"finetune.py, a file of BEiT's, timm's or MoCo v3's, a folder of "
+                            f"transformers' BEiT, or {also}")
     group.add_argument("--model", choices=SIZES, help="size of the ViT, where --init does not say")
     group.add_argument("--patch-size", type=int,
                        help="side of a patch, pixels, where --init does not say")
@@ -167,7 +184,7 @@ def read(args):
     state = {}
     if args.init != "none":
         maker = "finetune.py" if args.eval else "pretrain.py"
-        state = checkpoint.load(args.init, None, "--init", f"{maker} --recipe {args.recipe}")
+        state = read_state(args.init, None, "--init", f"{maker} --recipe {args.recipe}")
     args.init_digest = state.get("digest")
     return state
 
@@ -282,7 +299,7 @@ def perceptual_network(source, recipe="paper"):
     if source in DOWNLOADS and not Path(source).exists():
         state = download(source)
     else:
-        state = checkpoint.load(source, None, "--perceptual", f"teacher.py --recipe {recipe}")
+        state = read_state(source, None, "--perceptual", f"teacher.py --recipe {recipe}")
     stage = state.get("stage")
     if stage in ("teacher", "finetune"):
         return restore(f"--perceptual {source}", state), state["digest"]

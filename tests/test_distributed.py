@@ -9,6 +9,7 @@ import pytest
 import ranks
 import torch
 from conftest import COMMON, ROOT, run
+from test_stages import log
 
 import checkpoint
 
@@ -136,4 +137,7 @@ def test_pretraining_on_two_ranks(chain):
     for key, value in one["model"].items():
         assert torch.allclose(two["model"][key], value, atol=1e-4), key
     names = sorted(path.name for path in Path("two").iterdir())
-    assert names == ["lock", "log.jsonl", "step-00000003.pt"]
+    assert names == ["lock", "log.jsonl", "masked.png", "step-00000003.pt"]
+    (own,), (shared,) = log("one", "val"), log("two", "val")
+    assert own["loss"] == pytest.approx(shared["loss"], rel=1e-4)
+    assert own["accuracy"] == pytest.approx(shared["accuracy"], abs=0.01)

@@ -4,13 +4,16 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import run
 from PIL import Image
 from test_stages import log
 
+import beit
 import checkpoint
+import finetune
 import transforms
 import weights
 from model import SIZES, VisionTransformer
@@ -57,6 +60,8 @@ def test_load_gives_ready_networks(chain):
     assert pixels.shape == (1, 3, 32, 32)
     assert -1 <= pixels.min() < pixels.max() <= 1
     assert teacher.features(pixels, [4])[0].shape == (1, 64, 4, 4)
+    (last,) = teacher.features(pixels)
+    assert torch.equal(last, teacher.features(pixels, [4])[0])
     assert not tokenizer.training
     assert tokenizer.decode(tokenizer.encode(pixels)).shape == pixels.shape
     mask = torch.zeros(1, 4, 4, dtype=torch.bool)
@@ -76,8 +81,97 @@ def test_load_takes_the_averaged_weights(chain):
     assert any(not torch.equal(own[key], state["model"][key]) for key in own)
 
 
+def test_preprocess_takes_files_images_and_pixels(chain):
+    preprocess = weights.load(chain.teacher).preprocess
+    expected = preprocess(IMAGE)
+    IMAGE.save("image.png")
+    pixels = np.asarray(IMAGE)
+    for image in ("image.png", Path("image.png"), pixels, torch.tensor(pixels)):
+        assert torch.equal(preprocess(image), expected)
+    Path("image.png").write_bytes(Path("image.png").read_bytes()[:500])
+    wrong = [
+        ("image.png", "image.png: not a readable image"),
+        ("nowhere.png", "nowhere.png: not a readable image"),
+        (pixels / 255, r"not ndarray of float64, \(48, 60, 3\)"),
+        (torch.zeros(3, 48, 60, dtype=torch.uint8), r"not Tensor of uint8, \(3, 48, 60\)"),
+        (None, "an image is a path, a PIL image, or .*, not NoneType"),
+    ]
+    for image, message in wrong:
+        with pytest.raises(InputError, match=message):
+            preprocess(image)
+
+
+def test_load_depends_on_no_other_file(chain, monkeypatch):
+    """Of the chain only one run is taken along; its paths lead nowhere."""
+    shutil.copytree(chain.pretrain, "moved")
+    monkeypatch.chdir("moved")
+    assert weights.load(".").image_size == 32
+    with pytest.raises(InputError, match="runs/demo/pretrain: nothing there, expected one of"):
+        weights.load("runs/demo/pretrain")
+
+
 # ------------------------------------------------------------------------------------------------
 # Other libraries
+
+def test_names_of_transformers_and_back(chain):
+    for stage in ("pretrain", "finetune"):
+        given = checkpoint.load(getattr(chain, stage))["model"]
+        theirs = beit.to_beit(given)
+        assert not any(re.search("attn|mlp|blocks|gamma", key) for key in theirs)
+        back = beit.from_beit(theirs | {"beit.x.relative_position_index": torch.zeros(1)})
+        assert back.keys() == given.keys()
+        assert all(torch.equal(value, given[key]) for key, value in back.items())
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_what_is_exported_is_taken_back(stage, chain):
+    optional("safetensors")
+    export.main([randomized(chain, stage), "folder"])
+    own, back = weights.load(f"{stage}.pt"), weights.load("folder")
+    pixels = own.preprocess(IMAGE)
+    assert torch.equal(pixels, back.preprocess(IMAGE))
+    mask = None
+    if stage == "pretrain":
+        mask = (torch.arange(16) % 3 == 0).view(1, 4, 4)
+    assert torch.equal(own(pixels[None], mask), back(pixels[None], mask))
+    begun = [weights.begin(args, weights.read(args), 32, 10)[0].state_dict() for args in (
+        finetune.get_args(["--recipe", "demo", "--init", f"{stage}.pt"]),
+        finetune.get_args(["--recipe", "demo", "--model", "tiny", "--init", "folder"]))]
+    assert begun[0].keys() == begun[1].keys()
+    for key, value in begun[0].items():
+        if stage == "finetune" or not key.startswith("head."):      # drawn anew
+            assert torch.equal(begun[1][key], value)
+
+
+def test_a_folder_that_transformers_wrote(chain):
+    transformers = optional("transformers")
+    torch.manual_seed(0)
+    config = transformers.BeitConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
+        image_size=32, patch_size=8, num_labels=7, use_relative_position_bias=True)
+    theirs = transformers.BeitForImageClassification(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    theirs.save_pretrained("folder")
+    own, pixels = weights.load("folder"), torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        assert close(own(pixels), theirs(pixels).logits)
+
+
+def test_a_folder_that_is_not_beits_is_refused(chain):
+    optional("safetensors")
+    export.main([str(chain.finetune), "folder"])
+    with pytest.raises(InputError, match="folder: found transformers' BEiT, expected one of teach"):
+        weights.load("folder", ["teacher"])
+    config = json.loads(Path("folder/config.json").read_text())
+    Path("folder/config.json").write_text(json.dumps(config | dict(hidden_size=32)))
+    with pytest.raises(InputError, match="folder: of another architecture"):
+        weights.load("folder")
+    Path("folder/config.json").write_text(json.dumps(dict(model_type="bert")))
+    with pytest.raises(InputError, match="folder: not read as transformers' BEiT .*image_size"):
+        weights.load("folder")
+
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_transformers_opens_what_is_exported(stage, chain):
@@ -159,9 +253,11 @@ def test_a_teacher_is_a_file_of_moco_v3s(chain):
     with torch.no_grad():
         assert close(theirs.forward_features(inputs), own(pixels))
 
-    again, *_ = weights.transfer("file", file, dict(SIZES["nano"], patch_size=8), image_size=32)
-    expected = own.state_dict()
-    assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())
+    for path in ("folder", "folder/checkpoint.pth.tar"):
+        args = finetune.get_args(["--recipe", "demo", "--init", path])
+        again, *_ = weights.begin(args, weights.read(args), image_size=32)
+        expected = own.state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())
 
 
 def test_only_what_is_beits_is_exported(chain):
@@ -182,42 +278,56 @@ def test_only_what_is_beits_is_exported(chain):
 # ------------------------------------------------------------------------------------------------
 # The report
 
-def test_report(chain, folder, monkeypatch):
-    runs = [str(chain.tokenizer), str(chain.pretrain), str(chain.finetune)]
-    with monkeypatch.context() as patch:
-        patch.chdir(chain.root)                             # where the run's tokenizer is
-        report.main([*runs, "--output", str(folder / "page.html")])
+def sections(page):
+    """A page's sections, by stage."""
+    return dict(re.findall(r"<section><h2>(\w+)</h2>(.*?)</section>", page, re.S))
+
+
+def test_report_of_a_folder_of_runs(chain):
+    report.main([str(chain.root / "runs"), "--output", "page.html"])
     page = Path("page.html").read_text()
+    stages = sections(page)
+    trained = [stage for stage in ("teacher", "tokenizer", "pretrain", "finetune")
+               if stage in stages]
+    assert trained == ["teacher", "tokenizer", "pretrain", "finetune"]
+    assert len(stages) == page.count("<h2>")
+    for stage, name in [("teacher", "loss"), ("tokenizer", "usage (val)"), ("pretrain", "loss"),
+                        ("pretrain", "accuracy (val)"), ("finetune", "top1 (val)")]:
+        assert stages[stage].count(f"<b>{name}</b>") == 1   # of one stage each, by its own axes
     assert page.count("<polyline") > 10
-    assert page.count("data:image/png;base64,") == 3        # two pictures, one drawn now
-    for name in ("loss", "psnr (val)", "usage (val)", "top1 (val)", "images_per_s", "lr"):
-        assert f"<b>{name}</b>" in page
-    assert f"{log(chain.pretrain)[-1]['loss']:.3g}" in page
-    assert "no masked predictions" not in page
+    assert stages["tokenizer"].count("data:image/png;base64,") == 2
+    assert stages["pretrain"].count("data:image/png;base64,") == 1
     assert not re.search(r"(src|href)=.?(http|//|/)", page)     # no network
-    row = re.search(r"<tr class=differs><td>stage</td>(.*?)</tr>", page)[1]
-    assert re.findall(r"&quot;(\w+)&quot;", row) == ["tokenizer", "pretrain", "finetune"]
+    assert not re.search(r">[^<]*\d\.\d{5,}[^<]*<", re.sub(r"<svg.*?</svg>", "", page))   # rounded
+
+
+def test_report_compares_runs_of_a_stage(chain):
+    flags = [*chain.inputs["pretrain"], "--steps", "2", "--lr", "1e-4", "--output", "other"]
+    run("pretrain", *flags)
+    report.main([str(chain.pretrain), "other"])
+    page = sections(Path("report.html").read_text())["pretrain"]
+    losses = [log(folder)[-1]["loss"] for folder in (chain.pretrain, "other")]
+    shown = re.search(r"<b>loss</b>, at the end (.*?)</figcaption>", page)[1]
+    assert re.findall(r'style="color:(#\w+)">(.*?)<', shown) == [
+        (colour, f"{loss:.3g}") for colour, loss in zip(report.COLOURS, losses, strict=False)]
+    assert re.findall(r"background:(#\w+)", page) == list(report.COLOURS[:2])
+    differing = re.findall(r"<tr class=differs><td>(\w+)</td>", page)
+    assert {"lr", "output", "steps"} <= set(differing) <= {"lr", "output", "steps", "tokenizer"}
     report.main([str(chain.pretrain), str(chain.pretrain), "--output", "same.html"])
     assert "class=differs" not in Path("same.html").read_text()
-    with pytest.raises(InputError, match="nowhere: no log.jsonl in it"):
+
+
+def test_report_refuses_what_it_cannot_do(chain):
+    with pytest.raises(InputError, match="nowhere: no log.jsonl in it or below"):
         report.main(["nowhere"])
+    with pytest.raises(InputError, match="--output gone/page.html: not written"):
+        report.main([str(chain.pretrain), "--output", "gone/page.html"])
 
 
 def test_report_of_a_probe(chain):
     row = run("finetune", "--init", str(chain.finetune), "--eval", "--output", "run")
     report.main(["run"])
     assert f"top1 {report.number(row['top1'])}, " in Path("report.html").read_text()
-
-
-def test_report_of_a_run_whose_tokenizer_is_gone(chain):
-    shutil.copytree(chain.pretrain, "run")
-    for path in Path("run").glob("step-*.pt"):
-        state = checkpoint.load(path)
-        del state["digest"]
-        state["args"]["tokenizer"] = "gone"
-        checkpoint.write(path, state)
-    report.main(["run"])
-    assert "no masked predictions: gone: nothing there" in Path("report.html").read_text()
 
 
 def test_statistics_of_the_inputs_are_exported(chain):

@@ -1,4 +1,6 @@
 """python -m tools.plan: what it says is what a step takes."""
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,6 +137,38 @@ def test_ranks_and_micro_batches_share_the_images(capsys):
 def test_without_the_dataset_it_is_the_papers(capsys):
     lines = printed(capsys, "teacher", "--data", "nowhere")
     assert lines["steps"].startswith("6: 80,072 an epoch of 1,281,167 images, the paper's")
+
+
+def test_a_run_that_is_not_there_is_said_to_be_the_papers(chain, capsys):
+    plan.main(["pretrain", *COMMON, "--tokenizer", "nowhere"])
+    assert "--tokenizer nowhere is not there yet, or not a run" in capsys.readouterr().out
+    plan.main(["pretrain", *COMMON, "--tokenizer", str(chain.tokenizer)])
+    captured = capsys.readouterr()
+    assert "not there" not in captured.out + captured.err
+
+
+def test_too_much_memory_names_the_accumulation_that_fits(capsys):
+    """Searched for by the same count at each number that divides the batch."""
+    flags = [*COMMON, *OWN["finetune"], "--init", "none"]
+    found = {n: plan.estimate(finetune.get_args([*flags, "--accumulate", str(n)]), 10).memory
+             for n in (1, 2, 4)}
+    assert found[1] > found[2] > found[4]
+    between = (found[2] + found[4]) / 2 / plan.GIB
+    plan.main(["finetune", *flags, "--gib", str(between)])
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"That is more than .* GiB: --accumulate 4 takes [\d.]+\.", shown)
+    plan.main(["finetune", *flags, "--gib", "0.001"])
+    assert "not even one image at a time fits" in capsys.readouterr().out
+    plan.main(["finetune", *flags])
+    assert "That is more" not in capsys.readouterr().out
+
+
+def test_without_a_gpu_auto_is_bf16(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = ["finetune", *COMMON, *OWN["finetune"], "--init", "none"]
+    for amp, precision in (("auto", "bf16"), ("fp32", "fp32")):
+        plan.main([*flags, "--amp", amp])
+        assert f"GiB in {precision}:" in capsys.readouterr().out
 
 
 def test_bad_input_is_refused():

@@ -14,14 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import COMMON, OWN, ROOT, STAGES, run
+from PIL import Image
 from test_data import make_folder
 
 import checkpoint
 import data
 import finetune
 import model
+import pretrain
 import runtime
 import teacher
+import transforms
 from logbook import Run
 
 FLAGS_WITHOUT_DEFAULT = {"steps", "epochs", "perceptual_layers", "decoder_channels",
@@ -127,10 +130,18 @@ def test_help_shows_the_recipes_defaults(stage, recipe, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         STAGES[stage].get_args(["--help", "--recipe", recipe])
     assert stop.value.code == 0
-    shown = help_of_flags(capsys.readouterr().out)
+    text = capsys.readouterr().out
+    shown = help_of_flags(text)
     for key, value in STAGES[stage].RECIPES[recipe].items():
-        flag = "--" + key.replace("_", "-")
-        assert shown[flag].endswith(f"(default: {value})")
+        found = re.search(r"\(default: (.*)\)$", shown["--" + key.replace("_", "-")])
+        if value is None or value is False:                 # the text says what happens
+            assert not found
+        elif isinstance(value, str):
+            assert found[1] == value
+        else:                                               # as one would give it on a command line
+            values = value if isinstance(value, list) else [value]
+            assert [float(text) for text in found[1].split()] == pytest.approx(values, rel=0.005)
+    assert not re.search(r"default: (None|False|.*\d\.\d{5})", text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -222,6 +233,59 @@ def test_the_tokenizer_is_evaluated_and_pictured(chain):
     assert row["perceptual"] > 0
 
 
+def test_pretraining_is_evaluated_and_pictured(chain):
+    rows = log(chain.pretrain, "val")
+    assert [row["step"] for row in rows] == [4, 6]
+    for row in rows:
+        assert 2 < row["loss"] < 5                          # ln 32 = 3.5
+        assert 0 < row["accuracy"] < 0.5
+    width, height = Image.open(chain.pretrain / "masked.png").size
+    assert (width, height) == (8 * 34 + 2, 4 * 34 + 2)      # images of 32 px, margins of 2
+
+
+@pytest.mark.parametrize("flags", [[], ["--mae", "--mask-ratio", "0.75"]])
+def test_an_evaluation_of_pretraining_changes_nothing(flags, chain, monkeypatch):
+    flags = [*chain.inputs["pretrain"], *flags]
+    run("pretrain", *flags, "--output", "evaluated")
+    assert len(log("evaluated", "val")) == 2
+    assert Path("evaluated/masked.png").exists()
+    monkeypatch.setattr(pretrain, "load_val", lambda args: None)
+    run("pretrain", *flags, "--output", "plain")
+    assert log("plain", "val") == []
+    assert weights(newest("evaluated")) == weights(newest("plain"))
+
+
+def test_an_evaluation_of_pretraining_is_the_mean_over_its_images(chain):
+    """Whatever the batches and workers: all images under the same masks, by hand too."""
+    args = pretrain.get_args([*COMMON, *chain.inputs["pretrain"], "--output", "."])
+    tokenizer, _ = pretrain.load_tokenizer(args)
+    dataset, device = data.load_dataset("synthetic:64", "val", 32), torch.device("cpu")
+    torch.manual_seed(0)
+    vit, _, _ = pretrain.build(args, codes=32)
+    transform = pretrain.AugmentAndMask(transforms.evaluation(32, 1.0), 4, 6, 2)
+    losses = []
+    for index in range(len(dataset)):
+        image, mask = data.Samples(dataset, transform, seed=0)[0, index][0]
+        assert mask.sum() == 6
+        target = tokenizer.encode(image[None], 4)[0][mask]
+        logits = vit.eval()(image[None], mask[None])
+        losses.append(torch.nn.functional.cross_entropy(logits, target).item())
+    for args.batch_size, args.workers in ((16, 0), (7, 1)):
+        vit.train()
+        row = pretrain.evaluate(args, vit, tokenizer, dataset, transform, device)
+        assert row["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+        assert vit.training
+
+
+def test_pretraining_without_validation_images(chain, capsys):
+    make_folder(Path("set"), images=8, splits=["train"])
+    flags = [*chain.inputs["pretrain"], "--data", "set", "--output", "run", "--steps", "2"]
+    run("pretrain", *flags)
+    assert "no evaluation: --data set: it has no val/ folder" in capsys.readouterr().err
+    assert log("run", "val") == []
+    assert not Path("run/masked.png").exists()
+
+
 # ------------------------------------------------------------------------------------------------
 # Stopping and going on
 
@@ -277,7 +341,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(stage, chain, monkeypatch):
     init = Run.__init__
     clean = data.Samples.__getitem__
     left = 64 + 5                                           # samples before the bad one
-    if stage in ("tokenizer", "finetune", "segment", "detect"):
+    if stage != "teacher":
         left += 100                                         # of the evaluation after an epoch
 
     def keep(self, *arguments, **keywords):

@@ -1,6 +1,7 @@
 """The ViT: masks, positions, features, the optimizer's groups, and timm's networks beside it."""
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from model import (
     resize_positions,
     sincos_positions,
 )
+from runtime import InputError
 from weights import load_backbone
 
 
@@ -386,6 +388,11 @@ def test_images_of_any_size(positions):
     assert [f.shape for f in features] == [(2, 32, 4, 6)] * 2
     padded = F.pad(images, (0, 2, 0, 3))
     assert torch.equal(vit.features(padded, [2])[0], features[1])
+    (last,) = vit.features(images)
+    assert torch.equal(last, features[1])
+    for layers in ([3], [0, 1], []):
+        with pytest.raises(InputError, match=rf"layers {re.escape(str(layers))}: .* 1 to 2"):
+            vit.features(images, layers)
 
 
 def test_patch_14():
@@ -532,6 +539,8 @@ def test_our_vit_is_timms_beit(positions):
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = pixels(2, 3, 32, 32)
     assert torch.allclose(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+    own, expected = ours.forward_features(x), theirs.forward_features(x)
+    assert torch.allclose(own, expected, atol=1e-5, rtol=1e-5)
     # and back: a fresh one of ours takes timm's file
     fresh = VisionTransformer(32, 4, **arguments).eval()
     load_backbone(fresh, randomize(theirs, seed=1).state_dict())
@@ -550,6 +559,7 @@ def test_our_plain_vit_is_timms():
     mean, std = statistics()
     tokens = theirs.forward_features(((x + 1) / 2 - mean) / std)
     assert torch.allclose(ours(x), tokens, atol=1e-5, rtol=1e-5)
+    assert torch.equal(ours.forward_features(x), ours(x))
     # classified by the patches' mean
     classifier = tiny_vit(image_size=32, **plain, classes=3)
     theirs = Theirs(

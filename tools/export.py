@@ -5,56 +5,22 @@
 
 A run of pretrain.py or finetune.py: BeitForMaskedImageModeling.from_pretrained("beit-peco"), or
 BeitForImageClassification's, with the names and settings of the published BEiT checkpoints. The
-image processor resizes and crops as in the run's evaluation. Needs safetensors.
+image processor resizes and crops as in the run's evaluation. Needs safetensors. weights.load and
+--init take the folder back.
 A run of teacher.py: checkpoint.pth.tar, the encoder by the names that MoCo v3's own scripts read.
 """
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
 import torch
 
 import checkpoint
+from beit import to_beit
 from model import HALF
 from runtime import InputError
 from weights import trained_weights, vit_arguments
-
-NAMES = [                       # patterns of our names, what transformers has in their place
-    (r"^cls_token", "beit.embeddings.cls_token"),
-    (r"^mask_token", "beit.embeddings.mask_token"),
-    (r"^patch_embed\.proj", "beit.embeddings.patch_embeddings.projection"),
-    (r"^rel_pos_bias\.", "beit.encoder.relative_position_bias."),
-    (r"^blocks\.", "beit.encoder.layer."),
-    (r"attn\.relative_position_bias_table",
-     "attention.attention.relative_position_bias.relative_position_bias_table"),
-    (r"attn\.q_bias", "attention.attention.query.bias"),
-    (r"attn\.v_bias", "attention.attention.value.bias"),
-    (r"attn\.proj", "attention.output.dense"),
-    (r"mlp\.fc1", "intermediate.dense"),
-    (r"mlp\.fc2", "output.dense"),
-    (r"norm1", "layernorm_before"),
-    (r"norm2", "layernorm_after"),
-    (r"gamma_", "lambda_"),
-    (r"^norm\.", "layernorm."),
-    (r"^fc_norm\.", "beit.pooler.layernorm."),
-    (r"^head\.", "classifier."),
-]
-
-
-def rename(weights):
-    """Weights by transformers' names; queries, keys and values apart."""
-    result = {}
-    for key, value in weights.items():
-        for ours, theirs in NAMES:
-            key = re.sub(ours, theirs, key)
-        if key.endswith("attn.qkv.weight"):
-            for name, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                result[key.replace("attn.qkv", f"attention.attention.{name}")] = part.contiguous()
-        else:
-            result[key] = value.contiguous()
-    return result
 
 
 def settings(state):
@@ -120,7 +86,7 @@ def export_beit(state, folder):
     except ImportError:
         raise InputError("safetensors is missing: pip install safetensors") from None
     folder.mkdir(parents=True, exist_ok=True)
-    weights = rename(trained_weights(state))
+    weights = to_beit(trained_weights(state))
     save_file(weights, folder / "model.safetensors", metadata=dict(format="pt"))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")

@@ -14,15 +14,13 @@ import random
 import sys
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torchvision.utils import make_grid, save_image
 
 import checkpoint
 import data
-import transforms
 from model import block_mask
+from pretrain import masked_rows
 from runtime import InputError
+from transforms import save_rows
 from weights import load
 
 
@@ -31,15 +29,6 @@ def validation_images(args, preprocess, number, seed=0):
     dataset = data.load_dataset(args["data"], "val", args["image_size"])
     chosen = random.Random(seed).sample(range(len(dataset)), min(number, len(dataset)))
     return torch.stack([preprocess(data.read(dataset, index)[0]) for index in chosen])
-
-
-def sheet(rows, file):
-    """Write rows of images under one another as a PNG. file: a path, or open."""
-    grid = make_grid(torch.cat(rows).clamp(-1, 1), len(rows[0]), pad_value=1.0)
-    try:
-        save_image(grid, file, format="png", normalize=True, value_range=(-1, 1))
-    except OSError as error:
-        raise InputError(f"{file}: not written ({error})") from error
 
 
 # ------------------------------------------------------------------------------------------------
@@ -61,7 +50,6 @@ def reconstructions(runs, number=8):
 # ------------------------------------------------------------------------------------------------
 # Figures 4 and 5
 
-@torch.no_grad()
 def masked_predictions(run, masked=None, number=8):
     """The images, masked, with predicted codes decoded, with true codes decoded: four rows.
 
@@ -80,17 +68,7 @@ def masked_predictions(run, masked=None, number=8):
     random.seed(0)
     masks = torch.stack([block_mask(vit.grid, masked, min(args["mask_block"], masked))
                          for _ in images])
-    true = tokenizer.encode(images, vit.grid)
-    predicted = true.clone()
-    predicted[masks] = vit(images, masks).argmax(1)
-    size = images.shape[2:]
-    grey = F.interpolate(masks[:, None].float(), size)
-    return [
-        images,
-        torch.where(grey > 0, 0.0, images),
-        F.interpolate(tokenizer.decode(predicted), size),
-        F.interpolate(tokenizer.decode(true), size),
-    ]
+    return masked_rows(vit, tokenizer, images, masks)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -104,19 +82,12 @@ def distances(run, reference, views):
     (our choice: the paper does not say how).
     """
     tokenizer = load(run, ["tokenizer"])
-    images = torch.stack([tokenizer.preprocess(open_image(path)) for path in (reference, *views)])
+    images = torch.stack([tokenizer.preprocess(path) for path in (reference, *views)])
     vectors = tokenizer.quantizer.lookup(tokenizer.encode(images))          # (3, D, h, w)
     result = {}
     for name, maps in (("L2", images), ("tokens", vectors)):
         result[name] = [(view - maps[0]).square().mean().item() for view in maps[1:]]
     return result
-
-
-def open_image(path):
-    try:
-        return transforms.to_rgb(Image.open(path))
-    except OSError as error:
-        raise InputError(f"{path}: not a readable image ({error})") from error
 
 
 def main(argv=None):
@@ -137,12 +108,12 @@ def main(argv=None):
                             help="file of the picture (default: %(default)s)")
     args = p.parse_args(argv)
     if args.figure == "reconstructions":
-        sheet(reconstructions(args.runs), args.output)
+        save_rows(reconstructions(args.runs), args.output)
     elif args.figure == "masked":
         rows = []
         for masked in args.masked:
             rows += masked_predictions(args.run, masked)
-        sheet(rows, args.output)
+        save_rows(rows, args.output)
     else:
         for name, (one, other) in distances(args.run, args.reference, args.views).items():
             nearer = args.views[0] if one < other else args.views[1]

@@ -2,9 +2,9 @@
 
     python -m tools.plan pretrain --model huge --ranks 8 --images-per-second 6000
 
-The first argument is a stage; all flags but --ranks and --images-per-second are its own. The
-stage's own builder makes the networks, of fake tensors, with shapes but no storage: to ask for
-ViT-H costs nothing.
+The first argument is a stage; all flags but --ranks, --gib and --images-per-second are its own.
+Where there is no GPU to ask, --amp auto is counted as bf16. The stage's own builder makes the
+networks, of fake tensors, with shapes but no storage: to ask for ViT-H costs nothing.
 """
 import argparse
 import sys
@@ -21,7 +21,6 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-import checkpoint
 import data
 import detect
 import finetune
@@ -42,7 +41,8 @@ IMAGENET = (1_281_167, 1000)
 ADE20K = (20_210, 150)
 COCO = (117_266, 80)            # images with objects
 COCO_ASPECT = 4 / 3             # the commonest
-
+GIB = 2 ** 30
+CARD = 80                       # GiB of a GPU that is not here: our choice
 
 
 def attention(q, k, v, *_, **__):
@@ -89,15 +89,10 @@ def dataset_of(args):
 
 def checkpoint_without_weights(path):
     """What a checkpoint says of its network; {} where it is not there, or not ours."""
-    if path == "none":
-        return {}
     try:
-        state = checkpoint.load(path)
+        state = weights.read_state(path)
     except runtime.InputError:
-        state = {}
-    if "model_args" not in state and path != "moco_v3":
-        print(f"{path}: not there, or not ours: counted as the paper's, or by --model",
-              file=sys.stderr)
+        return {}
     if "model_args" not in state:
         return {}
     return dict(stage=state["stage"], model_args=state["model_args"], model={})
@@ -194,15 +189,16 @@ def estimate(args, classes, ranks=1):
     """What one rank holds and does.
 
     → trained, held: numbers of weights; forward, training: FLOPs an image; activations, memory,
-    written (a checkpoint): bytes; micro: images of a micro-batch.
+    written (a checkpoint): bytes; micro: images of a micro-batch; read: whether the network of the
+    stage before is that of its checkpoint.
     """
     device = runtime.device()
     micro, rest = divmod(args.batch_size, ranks * args.accumulate)
     if rest or not micro:
         raise runtime.InputError(f"--batch-size {args.batch_size} does not divide into {ranks} "
                                  f"ranks × {args.accumulate} micro-batches")
-    path = getattr(args, READS[args.stage]) if args.stage in READS else "none"
-    state = checkpoint_without_weights(path)
+    path = getattr(args, READS.get(args.stage, ""), "none")
+    state = {} if path == "none" else checkpoint_without_weights(path)
     width = args.image_size
     if args.stage == "detect":
         width = min(args.max_size, round(args.image_size * COCO_ASPECT))
@@ -227,7 +223,20 @@ def estimate(args, classes, ranks=1):
     memory = 4 * held + 12 * weights_trained + activations  # with gradients and Adam's two moments
     return SimpleNamespace(
         trained=weights_trained, held=held, forward=forward / micro, training=training / micro,
-        activations=activations, memory=memory, written=4 * written, micro=micro)
+        activations=activations, memory=memory, written=4 * written, micro=micro,
+        read=bool(state) or path in ("none", "moco_v3"))
+
+
+def that_fits(args, classes, ranks, limit):
+    """The smallest --accumulate whose memory is within `limit` bytes, and that memory; or None."""
+    own = args.batch_size // ranks                          # images of a rank in a step
+    for accumulate in range(args.accumulate + 1, own + 1):
+        if own % accumulate == 0:
+            smaller = argparse.Namespace(**vars(args) | dict(accumulate=accumulate))
+            memory = estimate(smaller, classes, ranks).memory
+            if memory <= limit:
+                return accumulate, memory
+    return None
 
 
 def numbers(tensors):
@@ -261,6 +270,8 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("stage", choices=STAGES)
     p.add_argument("--ranks", type=int, default=1, help="processes, a GPU each")
+    p.add_argument("--gib", type=float,
+                   help=f"memory of a GPU, GiB; by default that of this machine's, else {CARD}")
     p.add_argument("--images-per-second", type=float, default=1000, help="of all ranks together")
     own, flags = p.parse_known_args(argv)
     return own, STAGES[own.stage].get_args(flags)
@@ -268,11 +279,14 @@ def get_args(argv=None):
 
 def main(argv=None):
     own, args = get_args(argv)
+    gpu = torch.cuda.is_available()
+    if args.amp == "auto" and not gpu:
+        args.amp = "bf16"
+    card = own.gib or (torch.cuda.mem_get_info()[1] / GIB if gpu else CARD)
     images, classes, counted = dataset_of(args)
     epoch_steps, steps = runtime.total_steps(args, images)
     found = estimate(args, classes, own.ranks)
 
-    gib = 2 ** 30
     precision = "bf16" if runtime.autocast(args, runtime.device())._enabled else "fp32"
     hours = steps * args.batch_size / own.images_per_second / 3600
     kept = "two" if args.stage in ("teacher", "pretrain") else "three"
@@ -281,12 +295,22 @@ def main(argv=None):
     print(f"weights trained     {found.trained / 1e6:,.1f} M, held {found.held / 1e6:,.1f} M")
     print(f"FLOPs an image      {found.forward / 1e9:,.1f} G forward, "
           f"{found.training / 1e9:,.1f} G with the backward pass")
-    print(f"memory              {found.memory / gib:,.1f} GiB in {precision}: weights, gradients "
-          f"and Adam's moments {(found.memory - found.activations) / gib:,.1f}, "
-          f"activations {found.activations / gib:,.1f}")
-    print(f"checkpoint          {found.written / gib:,.2f} GiB, {kept} of them")
+    print(f"memory              {found.memory / GIB:,.1f} GiB in {precision}: weights, gradients "
+          f"and Adam's moments {(found.memory - found.activations) / GIB:,.1f}, "
+          f"activations {found.activations / GIB:,.1f}")
+    print(f"checkpoint          {found.written / GIB:,.2f} GiB, {kept} of them")
     print(f"steps               {steps:,}: {epoch_steps:,} an epoch of {images:,} images{source}")
     print(f"time                {hours:,.1f} hours at {own.images_per_second:g} images/s")
+    if not found.read:
+        flag = READS[args.stage]
+        print(f"--{flag} {getattr(args, flag)} is not there yet, or not a run: its network is "
+              "taken to be the paper's, or as --model says.")
+    if found.memory > card * GIB:
+        fits = that_fits(args, classes, own.ranks, card * GIB)
+        remedy = "not even one image at a time fits"
+        if fits:
+            remedy = f"--accumulate {fits[0]} takes {fits[1] / GIB:,.1f}"
+        print(f"That is more than {card:,.3g} GiB: {remedy}.")
     if args.stage == "detect":
         print("Proposals, heads and their losses depend on the data and are not counted.")
 

@@ -1,25 +1,23 @@
 """One self-contained HTML page of one or several runs: curves, pictures, arguments.
 
-    python -m tools.report runs/paper/tokenizer runs/paper/pretrain --output report.html
+    python -m tools.report runs/demo
+    python -m tools.report runs/paper/pretrain runs/other/pretrain --output report.html
 
-Curves come from log.jsonl, those of all runs over one another; pictures are those that the runs
-wrote. For a pretrain.py run whose tokenizer and data are still there, masked images with the
-predicted codes decoded are drawn now.
+A section for each stage: the curves of its runs over one another, from log.jsonl, the pictures that
+they wrote, what was evaluated, and what their arguments differ in.
 """
 import argparse
 import base64
 import html
-import io
 import json
 import math
 import sys
 from pathlib import Path
 
 from runtime import InputError
-from tools.figures import masked_predictions, sheet
 
-COLOURS = (                     # of the runs, in their order
-    "#2f7ed8", "#d9480f", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#8a6d00", "#495057")
+COLOURS = (                     # of a stage's runs, in their order; to be seen on white and black
+    "#2f7ed8", "#e8590c", "#2b8a3e", "#ae3ec9", "#e64980", "#0c8599", "#a17f00", "#868e96")
 NO_CURVE = {"step", "epoch", "time", "images"}              # numbers of a line of the log
 WIDTH, HEIGHT = 420, 210        # of a chart, pixels
 LEFT, RIGHT, TOP, BOTTOM = 52, 8, 8, 22                     # its margins, pixels
@@ -32,7 +30,9 @@ STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 76rem; font: 15px/1.5 system-ui, sans-serif;
   color: var(--ink); background: var(--paper) }
 h1 { font-size: 1.4rem }
-h2 { font-size: 1.1rem; margin: 2rem 0 .6rem }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; padding-top: .6rem;
+  border-top: 1px solid var(--line) }
+h3 { font-size: 1rem; margin: 1.5rem 0 .6rem }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; list-style: none }
 .legend i { display: inline-block; width: 1.4em; height: .25em; margin-right: .4em;
   vertical-align: middle }
@@ -41,12 +41,14 @@ h2 { font-size: 1.1rem; margin: 2rem 0 .6rem }
 figure { margin: 0; padding: .7rem; background: var(--card); border-radius: .5rem }
 figcaption { color: var(--soft); overflow-wrap: anywhere }
 figcaption b { color: var(--ink) }
+figcaption i { font-style: normal; white-space: nowrap }
 svg { width: 100%; height: auto; display: block }
 svg text { fill: var(--soft); font-size: 11px }
 svg .axis { stroke: var(--line) }
 svg polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round }
 .pictures img { width: 100%; height: auto; image-rendering: pixelated; border-radius: .25rem }
 .scroll { overflow-x: auto }
+summary { margin: 1rem 0 .4rem; cursor: pointer }
 table { border-collapse: collapse; font-size: .9em }
 td, th { text-align: left; padding: .15rem .8rem .15rem 0; border-bottom: 1px solid var(--line);
   overflow-wrap: anywhere; min-width: 7rem; vertical-align: top }
@@ -60,6 +62,7 @@ def escape(text):
 
 
 def number(value):
+    """Three digits that count."""
     if 1e3 <= abs(value) < 1e5:
         return f"{value:,.0f}"
     if value == 0 or 1e-3 <= abs(value) < 1e3:
@@ -68,30 +71,30 @@ def number(value):
 
 
 class Run:
-    """What log.jsonl of a stage's output folder says. Raises InputError where there is none.
+    """What log.jsonl of a stage's output folder says.
 
     Attributes: args and about, the arguments and the hardware ({} and "": of an evaluation alone);
-    curves, {name: {step: value}}; evaluations, rows of what was measured outside training.
+    curves, {name: {step: value}}; evaluations, rows of what was measured outside training; begun.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.args, self.about = {}, ""
         self.curves, self.evaluations = {}, []
-        log = self.folder / "log.jsonl"
-        if not log.exists():
-            raise InputError(f"{folder}: no log.jsonl in it; name a stage's output folder")
-        for line in log.read_text().splitlines():
+        self.begun = math.inf                               # seconds, as time.time()
+        for line in (self.folder / "log.jsonl").read_text().splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:                    # a run that died wrote half of it
                 continue
+            self.begun = min(self.begun, row["time"])
             if "args" in row:
                 self.args, self.about = row["args"], f"{row['hardware']} · {row['torch']}"
             elif "step" in row:
                 self.add(row)
             else:
                 self.evaluations.append(row)
+        self.stage = self.args.get("stage", "evaluations")
 
     def add(self, row):
         for key, value in row.items():
@@ -99,6 +102,23 @@ class Run:
                 name = f"{key} ({row['split']})" if "split" in row else key
                 curve = self.curves.setdefault(name, {})
                 curve[row["step"]] = value                  # a resumed run's later line counts
+
+
+def find_runs(folders):
+    """The runs in these folders or anywhere below, by stage: {stage: [Run, …]}. InputError: none.
+
+    Those below a folder are in the order in which they began.
+    """
+    stages = {}
+    for folder in folders:
+        logs = Path(folder).rglob("log.jsonl")
+        found = sorted((Run(log.parent) for log in logs), key=lambda run: (run.begun, run.folder))
+        if not found:
+            raise InputError(f"{folder}: no log.jsonl in it or below: name a stage's output folder "
+                             "or one with several")
+        for run in found:
+            stages.setdefault(run.stage, []).append(run)
+    return stages
 
 
 # ------------------------------------------------------------------------------------------------
@@ -140,10 +160,14 @@ def chart(name, curves):
         elif pairs:
             places = " ".join(f"{x(step)},{y(value)}" for step, value in pairs)
             parts.append(f'<polyline stroke="{colour}" points="{places}"/>')
-    last = ", ".join(number(curve[max(curve)]) for curve in curves.values())
+    values = []
+    for i, curve in curves.items():
+        last = number(curve[max(curve)])
+        values.append(f'<i style="color:{COLOURS[i % len(COLOURS)]}">{last}</i>')
     return (f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">'
             f'{"".join(parts)}</svg>'
-            f"<figcaption><b>{escape(name)}</b>, at the end {last}</figcaption></figure>")
+            f"<figcaption><b>{escape(name)}</b>, at the end {', '.join(values)}</figcaption>"
+            "</figure>")
 
 
 def charts(runs):
@@ -151,7 +175,7 @@ def charts(runs):
     for name in dict.fromkeys(name for run in runs for name in run.curves):
         curves = {i: run.curves[name] for i, run in enumerate(runs) if name in run.curves}
         figures.append(chart(name, curves))
-    return "".join(figures)
+    return f'<div class="grid">{"".join(figures)}</div>'
 
 
 def legend(runs):
@@ -165,13 +189,6 @@ def legend(runs):
 # ------------------------------------------------------------------------------------------------
 # Pictures
 
-def masked_sheet(run):
-    """Columns of a validation image, masked, with predicted and with true codes decoded: a PNG."""
-    buffer = io.BytesIO()
-    sheet(masked_predictions(run.folder), buffer)
-    return buffer.getvalue()
-
-
 def picture(png, caption):
     """A figure with the bytes of a PNG file inside the page."""
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
@@ -184,18 +201,9 @@ def pictures(runs):
     for run in runs:
         for path in sorted(run.folder.glob("*.png")):
             figures.append(picture(path.read_bytes(), f"{run.folder}: {path.stem}"))
-        if run.args.get("stage") != "pretrain":
-            continue
-        try:
-            caption = (f"{run.folder}: validation images, masked, with the predicted codes decoded "
-                       "in the masked places, with the true codes decoded")
-            figures.append(picture(masked_sheet(run), caption))
-        except InputError as error:                         # its tokenizer or data are gone
-            caption = escape(f"{run.folder}: no masked predictions: {error}")
-            figures.append(f"<figure><figcaption>{caption}</figcaption></figure>")
     if not figures:
         return ""
-    return f'<h2>Pictures</h2><div class="grid pictures">{"".join(figures)}</div>'
+    return f'<h3>Pictures</h3><div class="grid pictures">{"".join(figures)}</div>'
 
 
 # ------------------------------------------------------------------------------------------------
@@ -206,52 +214,73 @@ def table_row(cells, kind="td", attributes=""):
     return f"<tr{attributes}>{inner}</tr>"
 
 
+def rounded(value):
+    """A value of the log to read: numbers by number(), lists of them too."""
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, list):
+        return " ".join(rounded(item) for item in value)
+    return "" if value is None else str(value)
+
+
 def evaluations(runs):
     """What was measured outside training, a line each."""
     rows = []
     for run in runs:
         for row in run.evaluations:
-            shown = (f"{key} {number(value) if isinstance(value, float) else value}"
-                     for key, value in row.items() if key != "time")
+            shown = (f"{key} {rounded(value)}" for key, value in row.items() if key != "time")
             rows.append(table_row([run.folder, ", ".join(shown)]))
     if not rows:
         return ""
-    return ('<h2>Evaluations and probes</h2>'
+    return ('<h3>Evaluations and probes</h3>'
             f'<div class="scroll"><table>{"".join(rows)}</table></div>')
 
 
 def arguments(runs):
-    """What each run was given, first what differs; blank where its stage has no such argument."""
+    """What each run was given, first what differs."""
     runs = [run for run in runs if run.args]                # an evaluation alone has none
+    if not runs:
+        return ""
     differing, same = [], []
     for key in sorted({key for run in runs for key in run.args}):
-        cells = [json.dumps(run.args[key]) if key in run.args else "" for run in runs]
-        if len(set(cells) - {""}) > 1:
+        values = [run.args.get(key) for run in runs]
+        cells = [rounded(value) for value in values]
+        if any(value != values[0] for value in values):
             differing.append(table_row([key, *cells], attributes=" class=differs"))
         else:
             same.append(table_row([key, *cells]))
     head = table_row(["", *(run.folder for run in runs)], "th")
     rows = "".join([head, *differing, *same])
-    return f'<h2>Arguments</h2><div class="scroll"><table>{rows}</table></div>'
+    return ("<details><summary>Arguments</summary>"
+            f'<div class="scroll"><table>{rows}</table></div></details>')
 
 
-def page(runs):
-    title = escape(", ".join(str(run.folder) for run in runs))
+def section(stage, runs):
+    return (f"<section><h2>{escape(stage)}</h2>{legend(runs)}{charts(runs)}{pictures(runs)}"
+            f"{evaluations(runs)}{arguments(runs)}</section>")
+
+
+def page(stages):
+    """The page of {stage: its runs}."""
+    sections = "".join(section(stage, runs) for stage, runs in stages.items())
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style><h1>PeCo runs</h1>{legend(runs)}"
-        f'<h2>Curves, over steps</h2><div class="grid">{charts(runs)}</div>'
-        f"{pictures(runs)}{evaluations(runs)}{arguments(runs)}</html>\n")
+        f"<title>PeCo runs</title><style>{STYLE}</style><h1>PeCo runs</h1>{sections}</html>\n")
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("runs", nargs="+", help="output folders of any stages")
+    p.add_argument("runs", nargs="+", help="output folders of any stages, or folders with "
+                                          "several below")
     p.add_argument("--output", type=Path, default=Path("report.html"),
                    help="file to write; default: %(default)s")
     args = p.parse_args(argv)
-    args.output.write_text(page([Run(folder) for folder in args.runs]))
+    text = page(find_runs(args.runs))
+    try:
+        args.output.write_text(text)
+    except OSError as error:
+        raise InputError(f"--output {args.output}: not written ({error.strerror})") from error
     print(args.output)
 
 
