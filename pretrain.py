@@ -72,6 +72,7 @@ RECIPES = {
         warmup_epochs=0.5,
         lr=2e-3,
         betas=[0.9, 0.98],
+        save_every=5,
     ),
 }
 RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
