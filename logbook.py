@@ -97,6 +97,7 @@ class Run:
 
     def compare_arguments(self, then):
         now = vars(self.args)
+        then = {"class_names": now.get("class_names")} | then       # older runs do not know them
         keys = sorted(now.keys() - MAY_CHANGE_ON_RESUME)    # not those of a flag that is no more
         changed = [key for key in keys if now.get(key) != then.get(key)]
         # Steps count batches: with another batch size step N would lie elsewhere.
@@ -104,7 +105,8 @@ class Run:
             remedy = "choose another --output"
             if "batch_size" not in changed:
                 remedy += ", or --resume force"
-            listed = ", ".join(f"{key}: {then.get(key)}, now {now.get(key)}" for key in changed)
+            listed = ", ".join(f"{key}: {then.get(key)!s:.80}, now {now.get(key)!s:.80}"
+                               for key in changed)
             raise InputError(f"--output {self.folder} holds a run with other arguments ({listed}): "
                              f"{remedy}")
 

@@ -21,6 +21,7 @@ from torchvision.utils import draw_segmentation_masks, save_image
 
 import checkpoint
 import data
+import folders
 import logbook
 import runtime
 import transforms
@@ -102,8 +103,8 @@ class Ade20k(Dataset):
 
     def __init__(self, root, split, classes):
         self.classes = [f"class {i}" for i in range(1, classes + 1)]
-        images = data.subfolder(root, "images", split)
-        annotations = data.subfolder(root, "annotations", split)
+        images = folders.subfolder(root, "images", split)
+        annotations = folders.subfolder(root, "annotations", split)
         self.samples = []                                   # (file of the image, of its annotation)
         for file in sorted(images.iterdir()):
             if file.suffix.lower() not in (".jpg", ".jpeg", ".png"):

@@ -49,12 +49,14 @@ def load(path, stages=("teacher", "tokenizer", "pretrain", "finetune")):
     """The network of a run or checkpoint, ready to use, in eval mode on the CPU.
 
     A VQTokenizer of tokenizer.py's, a VisionTransformer of the other stages'. Its .preprocess turns
-    a PIL image into pixels (3, H, W). Raises InputError where the run is of another stage.
+    a PIL image into pixels (3, H, W); .classes are the names of finetune.py's classes, else None.
+    Raises InputError where the run is of another stage.
     """
     state = checkpoint.load(path, stages)
     model = restore(path, state)
     eval_crop = state["args"].get("eval_crop", 0.875)
     model.preprocess = transforms.evaluation(model.image_size, eval_crop)
+    model.classes = class_names(state)
     return model.eval().requires_grad_(False)
 
 
@@ -67,6 +69,22 @@ def restore(source, state):
         raise InputError(f"{source}: of another architecture ({culprit(error)}): train it anew, or "
                          "use the version of this code that wrote it") from error
     return network
+
+
+def class_names(state):
+    """Names of the classes of one of our checkpoints; None where it has none, or is older."""
+    return state["args"].get("class_names")
+
+
+def refuse_other_names(source, state, data, names):
+    """Raise InputError where the data's classes, `names`, are not those of the checkpoint.
+
+    source, data: what messages call the two.
+    """
+    known = class_names(state) if state.get("stage") == "finetune" else None
+    for number, (own, name) in enumerate(zip(known or names, names, strict=False)):
+        if own != name:
+            raise InputError(f"{data}: its class {number} is {name}, that of {source} is {own}")
 
 
 def culprit(error):
