@@ -420,6 +420,10 @@ def main(args):
     # The data
     dataset = load_dataset(args.data, "train", args.image_size, args.classes)
     transform = train_transform(args.image_size)
+    for split, one in (("training", dataset), ("validation", val)):
+        if not any(one[index][1].any() for index in range(len(one))):
+            raise InputError(f"--data {args.data}: every pixel of its {split} annotations is 0, "
+                             "which is ignored: classes count from 1")
 
     # The run: a new one, or from where it stopped
     run = Run(args, len(dataset), optimizer, model_args, modules=dict(model=model))

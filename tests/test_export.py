@@ -15,6 +15,7 @@ import transforms
 import weights
 from model import SIZES, VisionTransformer
 from runtime import InputError
+from scenes import Synthetic
 from tools import export, report
 
 
@@ -74,6 +75,19 @@ def test_load_takes_the_averaged_weights(chain):
     own = weights.load("run").state_dict()
     assert all(torch.equal(own[key], state["ema"][f"module.{key}"]) for key in own)
     assert any(not torch.equal(own[key], state["model"][key]) for key in own)
+
+
+def test_names_of_the_classes_travel(chain):
+    names = Synthetic().classes
+    assert weights.load(chain.finetune).classes == names
+    assert weights.load(chain.pretrain).classes is None
+    state = checkpoint.load(chain.finetune)
+    config, _ = export.settings(state)
+    assert config["id2label"] == dict(enumerate(names))
+    assert config["label2id"] == {name: i for i, name in enumerate(names)}
+    del state["args"]["class_names"]                        # a run from before they were kept
+    config, _ = export.settings(state)
+    assert config["id2label"][9] == "LABEL_9"
 
 
 # ------------------------------------------------------------------------------------------------
