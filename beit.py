@@ -99,6 +99,9 @@ def read(folder):
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{folder}: not read as transformers' BEiT ({reason})") from error
     args = {}
+    names = list(config.get("id2label", {}).values())
+    if vit["classes"] and names[:1] != ["LABEL_0"]:         # what transformers makes up
+        args["class_names"] = names
     if isinstance(processor.get("size"), dict) and "shortest_edge" in processor["size"]:
         args["eval_crop"] = vit["image_size"] / processor["size"]["shortest_edge"]
     return dict(stage="pretrain" if vit["codes"] else "finetune", args=args, model_args=vit,

@@ -7,7 +7,6 @@ workers or ranks, nor on where a run was stopped and resumed.
 import os
 import random
 import signal
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+import folders
 import runtime
 from augment import to_bytes
 from runtime import InputError, derive_seed, rank, world_size
@@ -23,6 +23,8 @@ from scenes import Synthetic, synthetic_number
 from transforms import Joint, to_rgb
 
 LAYOUT = "synthetic[:IMAGES], cifar10, cifar100, or a folder with train/ and val/, a folder a class"
+ANY_LAYOUT = ("synthetic[:IMAGES], cifar10, cifar100, or a folder of images, flat or nested; those "
+              "in its val/, or every 20th if it has no val/, are for evaluation, not for training")
 CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
 
 
@@ -57,7 +59,17 @@ def load_dataset(name, split, image_size, root="data"):
         return Synthetic(split, synthetic_number(name, split), image_size)
     if name in CIFAR:
         return cifar(name, split, root)
-    return image_folder(name, split)
+    return folders.labelled(name, split)
+
+
+def load_images(name, split, image_size):
+    """The same for what needs no labels: of a folder all images, with or without class folders.
+
+    Where it has no val/, every 20th image is "val" and the others are "train".
+    """
+    if name.partition(":")[0] == "synthetic" or name in CIFAR:
+        return load_dataset(name, split, image_size)
+    return folders.unlabelled(name, split)
 
 
 def cifar(name, split, root):
@@ -73,31 +85,6 @@ def cifar(name, split, root):
     if dist.is_initialized() and first:
         dist.barrier()
     return dataset
-
-
-def image_folder(name, split):
-    remedy = "pass the folder that holds train/ and val/, each with a folder a class"
-    folder = subfolder(name, split, remedy=remedy)
-    try:
-        dataset = torchvision.datasets.ImageFolder(folder, loader=Image.open)   # read() decodes it
-    except (OSError, RuntimeError) as error:                # no class folders, or an empty one
-        raise InputError(f"--data {folder}: {str(error).splitlines()[0]}") from error
-    train = Path(name) / "train"
-    if train.is_dir():                                      # an evaluation needs none
-        classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
-        if dataset.classes != classes:
-            raise InputError(f"--data {name}: train/ and val/ have different classes")
-    return dataset
-
-
-def subfolder(root, *parts, remedy="see the README for the layout"):
-    """The folder root/parts of --data. Raises InputError, with the remedy, where it is missing."""
-    folder = Path(root, *parts)
-    if not folder.is_dir():
-        there = Path(root).is_dir()
-        why = f"it has no {'/'.join(parts)}/ folder" if there else "no such folder"
-        raise InputError(f"--data {root}: {why}; {remedy}")
-    return folder
 
 
 def label_subset(targets, fraction, seed):

@@ -28,6 +28,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save
 
 import checkpoint
 import data
+import folders
 import logbook
 import runtime
 import transforms
@@ -113,7 +114,7 @@ def load_dataset(name, split, image_size):
     """
     if name.partition(":")[0] == "synthetic":
         return Scenes(split, synthetic_number(name, split), image_size, target="instances")
-    folder = data.subfolder(name, f"{split}2017")
+    folder = folders.subfolder(name, f"{split}2017")
     file = Path(name, "annotations", f"instances_{split}2017.json")
     if not file.exists():
         raise InputError(

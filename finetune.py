@@ -47,6 +47,20 @@ PAPER = dict(
 )
 RECIPES = {
     "paper": PAPER,
+    "photos": PAPER | dict(     # our choice: some thousand photos, with labels
+        data="data/photos",
+        init="runs/photos/pretrain",
+        image_size=128,
+        crop_min=0.2,
+        randaugment=14,
+        model="small",
+        batch_size=64,
+        epochs=50,
+        warmup_epochs=5,
+        lr=1e-3,
+        layer_decay=0.75,
+        save_every=10,
+    ),
     "cifar": PAPER | dict(      # our choice
         data="data/cifar10",
         init="runs/cifar/pretrain",
@@ -248,14 +262,6 @@ def linear_probe(train, train_labels, val, classes, steps=2000, batch=1024, lr=1
 
 def main(args):
     device = runtime.device()
-    val = data.load_dataset(args.data, "val", args.image_size)
-    classes = len(val.classes)
-
-    # The model, from a checkpoint; its digest is an argument, since another one is another start.
-    torch.manual_seed(args.seed)
-    state = weights.read(args)
-    model, model_args = build(args, 0 if args.probe else classes, state)
-    model.to(device)
 
     # The images: of training, by --label-fraction, and of evaluation, by --holdout
     split, val_indices = "val", None
@@ -266,6 +272,21 @@ def main(args):
         split, val = "holdout", dataset
         val_indices = data.label_subset(dataset.targets, args.holdout, HOLDOUT_SEED)
         indices = sorted(set(indices).difference(val_indices))
+    else:
+        val = data.load_dataset(args.data, "val", args.image_size)
+    args.class_names = list(val.classes)                    # other classes are another task
+    classes = len(val.classes)
+    if classes < 2:
+        raise runtime.InputError(
+            f"--data {args.data}: one class only, {val.classes[0]}: two or more are needed")
+
+    # The model, from a checkpoint; its digest is an argument, since another one is another start.
+    torch.manual_seed(args.seed)
+    state = weights.read(args)
+    if args.eval:
+        weights.refuse_other_names(f"--init {args.init}", state, f"--data {args.data}", val.classes)
+    model, model_args = build(args, 0 if args.probe else classes, state)
+    model.to(device)
     if args.eval:
         row = evaluate(args, model, val, device, val_indices)
         return logbook.report(args, row, init=args.init, split=split)

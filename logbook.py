@@ -120,6 +120,7 @@ class Run:
 
     def compare_arguments(self, then):
         now = vars(self.args)
+        then = {"class_names": now.get("class_names")} | then       # older runs do not know them
         same = {path for path, contents in CONTENTS.items()
                 if now.get(contents) and now[contents] == then.get(contents)}
         if Path(now["data"]).name != Path(then["data"]).name:       # cifar10, cifar100: as many
@@ -133,7 +134,8 @@ class Run:
             remedy = "choose another --output"
             if "batch_size" not in changed:
                 remedy += ", or --resume force"
-            listed = ", ".join(f"{key}: {then.get(key)}, now {now.get(key)}" for key in changed)
+            listed = ", ".join(f"{key}: {then.get(key)!s:.80}, now {now.get(key)!s:.80}"
+                               for key in changed)
             raise InputError(f"--output {self.folder} holds a run with other arguments ({listed}): "
                              f"{remedy}")
 

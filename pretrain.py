@@ -42,6 +42,21 @@ PAPER = dict(
 )
 RECIPES = {
     "paper": PAPER,
+    "photos": PAPER | dict(     # our choice: some thousand photos, without labels
+        data="data/photos",
+        tokenizer="runs/photos/tokenizer",
+        image_size=128,
+        crop_min=0.2,
+        mask_ratio=0.4,
+        mask_block=4,
+        model="small",
+        drop_path=0.0,
+        batch_size=64,
+        epochs=200,
+        lr=5e-4,
+        betas=[0.9, 0.98],
+        save_every=10,
+    ),
     "cifar": PAPER | dict(      # our choice
         data="data/cifar10",
         tokenizer="runs/cifar/tokenizer",
@@ -104,7 +119,7 @@ def get_args(argv=None):
     p.add_argument("--clip", type=float, help="largest norm of the gradient")
     p.add_argument("--checkpoint-activations", action="store_true",
                    help="recompute blocks in the backward pass: less memory, a forward pass more")
-    data.add_arguments(p)
+    data.add_arguments(p, layout=data.ANY_LAYOUT)
     return runtime.parse(p, RECIPES, argv)
 
 
@@ -176,16 +191,6 @@ def mae_decoder(size):
 # ------------------------------------------------------------------------------------------------
 # Evaluation
 
-def load_val(args):
-    """The validation images, or None where there are none."""
-    try:
-        return data.load_dataset(args.data, "val", args.image_size)
-    except runtime.InputError as error:
-        if runtime.rank() == 0:
-            runtime.warn(f"no evaluation: {error}")
-        return None
-
-
 @torch.no_grad()
 def evaluate(args, model, tokenizer, dataset, transform, device):
     """Loss and accuracy (0 to 1) over masked patches of validation images, and masked.png.
@@ -247,8 +252,8 @@ def main(args):
 
     # The data
     grid = args.image_size // args.patch_size
-    dataset = data.load_dataset(args.data, "train", args.image_size)
-    val = load_val(args)
+    dataset = data.load_images(args.data, "train", args.image_size)
+    val = data.load_images(args.data, "val", args.image_size)
     augment = transforms.pretrain(args.image_size, args.crop_min, args.jitter, args.augment)
     masked = round(args.mask_ratio * grid * grid)
     if not 0 < masked < grid * grid:
@@ -273,9 +278,8 @@ def main(args):
     for step in run.progress():
         if run.due(step):                                # an epoch ended, the run, or a signal came
             run.save(step)
-            if val:
-                row = evaluate(args, model, tokenizer, val, val_transform, device)
-                run.log_evaluation(step, split="val", **row)
+            row = evaluate(args, model, tokenizer, val, val_transform, device)
+            run.log_evaluation(step, split="val", **row)
         if step == run.steps:
             break
 

@@ -21,6 +21,7 @@ from torchvision.utils import draw_segmentation_masks, save_image
 
 import checkpoint
 import data
+import folders
 import logbook
 import runtime
 import transforms
@@ -102,8 +103,8 @@ class Ade20k(Dataset):
 
     def __init__(self, root, split, classes):
         self.classes = [f"class {i}" for i in range(1, classes + 1)]
-        images = data.subfolder(root, "images", split)
-        annotations = data.subfolder(root, "annotations", split)
+        images = folders.subfolder(root, "images", split)
+        annotations = folders.subfolder(root, "annotations", split)
         self.samples = []                                   # (file of the image, of its annotation)
         for file in sorted(images.iterdir()):
             if file.suffix.lower() not in (".jpg", ".jpeg", ".png"):
@@ -419,6 +420,10 @@ def main(args):
     # The data
     dataset = load_dataset(args.data, "train", args.image_size, args.classes)
     transform = train_transform(args.image_size)
+    for split, one in (("training", dataset), ("validation", val)):
+        if not any(one[index][1].any() for index in range(len(one))):
+            raise InputError(f"--data {args.data}: every pixel of its {split} annotations is 0, "
+                             "which is ignored: classes count from 1")
 
     # The run: a new one, or from where it stopped
     run = Run(args, len(dataset), optimizer, model_args, modules=dict(model=model))

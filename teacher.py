@@ -38,6 +38,18 @@ PAPER = dict(
 )
 RECIPES = {
     "paper": PAPER,
+    "photos": PAPER | dict(     # our choice: some thousand photos, without labels
+        data="data/photos",
+        image_size=128,
+        crop_min=0.2,
+        model="small",
+        hidden=1024,
+        features=128,
+        batch_size=128,
+        warmup_epochs=10,
+        lr=3e-4,
+        save_every=10,
+    ),
     "cifar": PAPER | dict(      # our choice
         data="data/cifar10",
         image_size=32,
@@ -93,7 +105,7 @@ def get_args(argv=None):
     p.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up of the lr")
     p.add_argument("--checkpoint-activations", action="store_true",
                    help="recompute blocks in the backward pass: less memory, a forward pass more")
-    data.add_arguments(p)
+    data.add_arguments(p, layout=data.ANY_LAYOUT)
     return runtime.parse(p, RECIPES, argv)
 
 
@@ -233,7 +245,7 @@ def build(args):
 
 def main(args):
     device = runtime.device()
-    dataset = data.load_dataset(args.data, "train", args.image_size)
+    dataset = data.load_images(args.data, "train", args.image_size)
 
     # The model and its optimizer: no weight decay on biases and norms (our choice)
     torch.manual_seed(args.seed)

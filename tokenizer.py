@@ -48,6 +48,22 @@ PAPER = dict(
 )
 RECIPES = {
     "paper": PAPER,
+    "photos": PAPER | dict(     # our choice: some thousand photos, without labels
+        data="data/photos",
+        image_size=128,
+        crop_min=0.4,
+        channels=[16, 32, 64, 128, 128],
+        codebook_size=1024,
+        code_dim=64,
+        decay=0.98,
+        revive=0.05,
+        perceptual="runs/photos/teacher",
+        batch_size=64,
+        epochs=50,
+        warmup_steps=100,
+        lr=4e-4,
+        save_every=10,
+    ),
     "cifar": PAPER | dict(      # our choice
         data="data/cifar10",
         image_size=32,
@@ -126,7 +142,7 @@ def get_args(argv=None):
     p.add_argument("--betas", type=float, nargs=2, help="Adam's β₁ and β₂")
     p.add_argument("--warmup-steps", type=int, help="steps of linear warm-up of the lr")
     p.add_argument("--eval-crop", type=float, help="centre crop in evaluation, share of the side")
-    data.add_arguments(p)
+    data.add_arguments(p, layout=data.ANY_LAYOUT)
     return runtime.parse(p, RECIPES, argv)
 
 
@@ -244,8 +260,8 @@ def draw_grid(images, columns, path):
 
 def main(args):
     device = runtime.device()
-    dataset = data.load_dataset(args.data, "train", args.image_size)
-    val = data.load_dataset(args.data, "val", args.image_size)
+    dataset = data.load_images(args.data, "train", args.image_size)
+    val = data.load_images(args.data, "val", args.image_size)
 
     # The frozen perceptual network; its digest is an argument, since another one is another loss.
     perceptual_net = None

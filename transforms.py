@@ -44,11 +44,30 @@ def open_image(image):
 
 
 def to_rgb(image):
-    """A decoded RGB image of a PIL image of any mode."""
+    """A decoded RGB image of a PIL image of any mode. Raises ValueError as to_8_bits does."""
     image.load()
-    if image.mode.startswith("I"):                          # 16 bits: PIL would clip them at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):     # PIL would clip them at 255
+        image = to_8_bits(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_8_bits(image):
+    """A grey PIL image of 16 or 32 bits, scaled by the range that a TIFF file declares.
+
+    Where none is declared, integers fill their bits, which are 16 in other files than TIFF. Raises
+    ValueError where there are 32.
+    """
+    tags = getattr(image, "tag_v2", {})
+    low = np.min(tags.get(340, tags.get(280, 0)))           # SMinSampleValue, MinSampleValue
+    high = np.max(tags.get(341, tags.get(281, 0)))          # SMaxSampleValue, MaxSampleValue
+    bits = np.max(tags.get(258, 16))                        # BitsPerSample
+    if high <= low:
+        if bits > 16:
+            raise ValueError("32-bit pixels of no declared range: convert it to 8 bits")
+        low, high = 0, 2 ** bits - 1
+    levels = high - low if image.mode == "F" else high - low + 1
+    pixels = (np.asarray(image).astype(np.float64) - low) * 256 / levels
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def to_pixels(image, *target):

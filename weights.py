@@ -52,12 +52,14 @@ def load(path, stages=("teacher", "tokenizer", "pretrain", "finetune")):
 
     A VQTokenizer of tokenizer.py's, a VisionTransformer of the other stages' and of a folder of
     transformers' BEiT (tools/export.py writes one). Its .preprocess turns an image, as
-    transforms.open_image takes it, into pixels (3, H, W). Raises InputError for any other stage.
+    transforms.open_image takes it, into pixels (3, H, W); .classes are the names of finetune.py's
+    classes, else None. Raises InputError for any other stage.
     """
     state = read_state(path, stages)
     model = restore(path, state)
     evaluation = transforms.evaluation(model.image_size, state["args"].get("eval_crop", 0.875))
     model.preprocess = T.Compose([transforms.open_image, evaluation])
+    model.classes = class_names(state)
     return model.eval().requires_grad_(False)
 
 
@@ -83,6 +85,22 @@ def restore(source, state):
         raise InputError(f"{source}: of another architecture ({culprit(error)}): train it anew, or "
                          "use the version of this code that wrote it") from error
     return network
+
+
+def class_names(state):
+    """Names of the classes of one of our checkpoints; None where it has none, or is older."""
+    return state["args"].get("class_names")
+
+
+def refuse_other_names(source, state, data, names):
+    """Raise InputError where the data's classes, `names`, are not those of the checkpoint.
+
+    source, data: what messages call the two.
+    """
+    known = class_names(state) if state.get("stage") == "finetune" else None
+    for number, (own, name) in enumerate(zip(known or names, names, strict=False)):
+        if own != name:
+            raise InputError(f"{data}: its class {number} is {name}, that of {source} is {own}")
 
 
 def culprit(error):

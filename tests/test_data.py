@@ -1,6 +1,8 @@
 """Datasets, the stream of samples, and what is said of bad input."""
 import hashlib
+import os
 import pickle
+import shutil
 import urllib.error
 from argparse import Namespace
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 import torchvision
 from conftest import end_workers
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 import data
 import runtime
@@ -92,6 +94,40 @@ def test_images_of_any_mode_become_rgb(mode):
     dataset = [(Image.new(mode, (16, 16)), 0)]
     image, _ = data.Samples(dataset, transforms.to_pixels, 0)[0, 0]
     assert image.shape == (3, 16, 16)
+
+
+def ramp(bits):
+    """Grey levels from 0 to the largest number of so many bits."""
+    return np.linspace(0, 2 ** bits - 1, 64 * 64).reshape(64, 64)
+
+
+@pytest.mark.parametrize("tags, pixels", [
+    ({}, ramp(16).astype(np.uint16)),
+    ({281: 4095}, ramp(12).astype(np.uint16)),              # MaxSampleValue
+    ({280: 1000, 281: 5095}, 1000 + ramp(12).astype(np.uint16)),
+    ({340: -1.0, 341: 1.0}, (ramp(16) / 2 ** 15 - 1).astype(np.float32)),
+], ids=["16 bits", "12 bits", "12 bits from 1000", "float"])
+def test_pixels_have_the_range_that_the_file_declares(tags, pixels, folder):
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        info.tagtype[tag] = 11 if pixels.dtype == np.float32 else 3
+        info[tag] = value
+    Image.fromarray(pixels).save("image.tif", tiffinfo=info)
+    with Image.open("image.tif") as image:
+        rgb = np.asarray(transforms.to_rgb(image))
+    expected = np.floor(ramp(16) / 256)
+    assert rgb.shape == (64, 64, 3)
+    assert abs(rgb[..., 0] - expected).max() <= 1
+    if not tags:
+        assert (rgb[..., 0] == pixels >> 8).all()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_of_no_known_range_are_refused(kind, folder):
+    path = make_folder(folder / "set") / "train" / "bee" / "2.tif"
+    Image.fromarray(ramp(12).astype(kind)).save(path)
+    with pytest.raises(runtime.InputError, match="bee/2.tif: .*32-bit pixels.* to 8 bits"):
+        data.read(data.load_images("set", "train", 16), 4)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -262,9 +298,34 @@ def test_image_folder(folder):
     assert images.shape == (4, 3, 16, 16) and labels.tolist() == [0, 0, 1, 1]
 
 
-def refused(*arguments):
+def test_folders_are_in_the_order_of_imagefolder(folder):
+    """So that a run begun with it goes on with the same images under the same numbers."""
+    for path in ("b/2.jpg", "b/10.PNG", "b/x/1.jpg", "b/x-y/1.jpg", "b/x/z/1.jpg", "a b/1.webp",
+                 "b-c/1.tif", "B/1.jpg"):
+        for split in ("train", "val"):
+            touch(folder / "set" / split / path)
+    for split in ("train", "val"):
+        expected = torchvision.datasets.ImageFolder(f"set/{split}")
+        dataset = data.load_dataset("set", split, 16)
+        assert dataset.samples == expected.samples
+        assert dataset.targets == expected.targets
+        assert dataset.classes == expected.classes
+        images = data.load_images("set", split, 16)
+        assert [path for path, _ in images.samples] == [path for path, _ in expected.samples]
+
+
+def test_hidden_files_and_folders_do_not_count(folder):
+    make_folder(folder / "set")
+    for path in (".cache/0.jpg", "ant/._0.jpg", "ant/.thumbnails/0.jpg"):
+        touch(folder / "set" / "train" / path)
+    dataset = data.load_dataset("set", "train", 16)
+    assert dataset.classes == ["ant", "bee"]
+    assert len(dataset) == len(data.load_images("set", "train", 16)) == 4
+
+
+def refused(*arguments, load=data.load_dataset):
     with pytest.raises(runtime.InputError) as error:
-        data.load_dataset(*arguments, 16)
+        load(*arguments, 16)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -281,11 +342,95 @@ def test_wrong_folders_are_refused_by_name(folder):
     assert "other: it has no train/ folder" in refused("other", "train")
     make_folder(folder / "two", splits=["train"])
     make_folder(folder / "two", ("ant", "cow"), splits=["val"])
-    assert "two" in (message := refused("two", "val")) and "different classes" in message
+    assert refused("two", "val") == ("--data two: train/ and val/ have different classes "
+                                     "(in train/ only: bee; in val/ only: cow)")
+    make_folder(folder / "more", [f"class {i}" for i in range(6)], images=1)
+    for i in range(5):
+        shutil.rmtree(folder / "more" / "val" / f"class {i}")
+    assert refused("more", "val").endswith(
+        "(in train/ only: class 0, class 1, class 2 and 2 more)")
     (folder / "bare" / "train").mkdir(parents=True)
     assert "bare/train" in refused("bare", "train")
     (folder / "bare" / "train" / "ant").mkdir()
     assert "bare/train" in refused("bare", "train") and "ant" in refused("bare", "train")
+
+
+# ------------------------------------------------------------------------------------------------
+# Folders without labels
+
+def touch(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def listed(name, split):
+    return [path for path, _ in data.load_images(name, split, 16).samples]
+
+
+def test_any_folder_of_images_is_split(folder):
+    for i in range(30):
+        touch(folder / "flat" / f"{i:02}.jpg")
+        touch(folder / "deep" / f"{i % 3}" / "x" / f"{i:02}.jpg")
+    touch(folder / "flat" / "notes.txt")
+    touch(folder / "flat" / ".hidden.jpg")
+    touch(folder / "deep" / "01.jpg")                       # beside the folders
+    for name, number in (("flat", 30), ("deep", 31)):
+        val, train = listed(name, "val"), listed(name, "train")
+        assert len(val) == 2
+        assert len({*val, *train}) == len(val) + len(train) == number
+    assert listed("flat", "val") == ["flat/00.jpg", "flat/20.jpg"]
+    touch(folder / "flat" / "train" / "a" / "1.jpg")        # with train/ nothing beside it counts
+    touch(folder / "flat" / "train" / "2.jpg")
+    assert listed("flat", "val") + listed("flat", "train") == [
+        "flat/train/2.jpg", "flat/train/a/1.jpg"]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_val_is_evaluated_and_never_trained_on(train, folder):
+    for i in range(3):
+        touch(folder / "set" / ("train" if train else "some") / f"{i}.jpg")
+        touch(folder / "set" / "val" / "deep" / f"{i}.jpg")
+    (folder / "set" / ("train" if train else "some") / "link").symlink_to(folder / "set" / "val")
+    assert listed("set", "val") == [f"set/val/deep/{i}.jpg" for i in range(3)]
+    where = "train" if train else "some"
+    assert listed("set", "train") == [f"set/{where}/{i}.jpg" for i in range(3)]
+
+
+def test_links_add_no_image_twice(folder):
+    for i in range(3):
+        touch(folder / "set" / "a" / f"{i}.jpg")
+        touch(folder / "elsewhere" / f"{i}.jpg")
+    (folder / "set" / "a" / "up").symlink_to(folder / "set")
+    (folder / "set" / "again").symlink_to(folder / "set" / "a")
+    (folder / "set" / "other").symlink_to(folder / "elsewhere")     # followed
+    paths = listed("set", "train") + listed("set", "val")
+    assert sorted(paths) == [f"set/{name}/{i}.jpg" for name in ("a", "other") for i in range(3)]
+    (folder / "labelled" / "train").mkdir(parents=True)
+    (folder / "set").rename(folder / "labelled" / "train" / "ant")
+    (folder / "labelled" / "train" / "ant" / "again").unlink()
+    assert len(data.load_dataset("labelled", "train", 16)) == 6
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_regular_file_is_refused(kind, folder):
+    path = make_folder(folder / "set") / "train" / "bee" / "2.jpg"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    dataset = data.load_images("set", "train", 16)
+    with pytest.raises(runtime.InputError, match="set/train/bee/2.jpg: not a readable image"):
+        data.read(dataset, 4)
+
+
+def test_folders_without_images_are_refused(folder):
+    assert "nowhere: no such folder" in refused("nowhere", "val", load=data.load_images)
+    (folder / "empty" / "deep").mkdir(parents=True)
+    for split in ("train", "val"):
+        message = refused("empty", split, load=data.load_images)
+        assert f"empty: no images for {split} in it (.jpg" in message
+    touch(folder / "one" / "1.jpg")
+    assert "one: no images for train" in refused("one", "train", load=data.load_images)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty"])

@@ -18,6 +18,7 @@ import transforms
 import weights
 from model import SIZES, VisionTransformer
 from runtime import InputError
+from scenes import Synthetic
 from tools import export, report
 
 
@@ -108,6 +109,19 @@ def test_load_depends_on_no_other_file(chain, monkeypatch):
     assert weights.load(".").image_size == 32
     with pytest.raises(InputError, match="runs/demo/pretrain: nothing there, expected one of"):
         weights.load("runs/demo/pretrain")
+
+
+def test_names_of_the_classes_travel(chain):
+    names = Synthetic().classes
+    assert weights.load(chain.finetune).classes == names
+    assert weights.load(chain.pretrain).classes is None
+    state = checkpoint.load(chain.finetune)
+    config, _ = export.settings(state)
+    assert config["id2label"] == dict(enumerate(names))
+    assert config["label2id"] == {name: i for i, name in enumerate(names)}
+    del state["args"]["class_names"]                        # a run from before they were kept
+    config, _ = export.settings(state)
+    assert config["id2label"][9] == "LABEL_9"
 
 
 # ------------------------------------------------------------------------------------------------

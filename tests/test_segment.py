@@ -164,6 +164,18 @@ def test_bad_ade20k_files(folder, capsys):
     assert "ade: it has no images/validation/ folder" in fails(capsys, "segment", *flags)
 
 
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_annotations_without_any_class(split, folder, capsys):
+    root = make_ade(folder / "ade")
+    for path in (root / "annotations" / split).iterdir():
+        with Image.open(path) as labels:
+            Image.new("L", labels.size).save(path)
+    flags = ["--data", "ade", "--init", "none", "--batch-size", "2", "--classes", "2"]
+    message = fails(capsys, "segment", *flags, "--steps", "1")
+    assert f"--data ade: every pixel of its {split} annotations is 0" in message
+    assert not Path("runs").exists()
+
+
 def test_a_grey_image_and_a_truncated_one(folder, capsys):
     root = make_ade(folder / "ade")
     Image.new("L", (44, 30), 77).save(root / "images" / "training" / "1.jpg")

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import COMMON, OWN, ROOT, STAGES, run
@@ -97,7 +98,7 @@ def test_every_key_of_every_recipe_is_a_flag(stage, parsers):
 @pytest.mark.parametrize("stage", STAGES)
 def test_recipes_fill_every_flag(stage):
     dense = stage in ("segment", "detect")
-    expected = ["paper", "demo"] if dense else ["paper", "cifar", "cifar-cpu", "demo"]
+    expected = ["paper", "demo"] if dense else ["paper", "photos", "cifar", "cifar-cpu", "demo"]
     recipes = STAGES[stage].RECIPES
     assert list(recipes) == expected
     for name, recipe in recipes.items():
@@ -249,9 +250,9 @@ def test_an_evaluation_of_pretraining_changes_nothing(flags, chain, monkeypatch)
     run("pretrain", *flags, "--output", "evaluated")
     assert len(log("evaluated", "val")) == 2
     assert Path("evaluated/masked.png").exists()
-    monkeypatch.setattr(pretrain, "load_val", lambda args: None)
+    monkeypatch.setattr(pretrain, "evaluate", lambda *_: {})
     run("pretrain", *flags, "--output", "plain")
-    assert log("plain", "val") == []
+    assert not Path("plain/masked.png").exists()
     assert weights(newest("evaluated")) == weights(newest("plain"))
 
 
@@ -275,15 +276,6 @@ def test_an_evaluation_of_pretraining_is_the_mean_over_its_images(chain):
         row = pretrain.evaluate(args, vit, tokenizer, dataset, transform, device)
         assert row["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
         assert vit.training
-
-
-def test_pretraining_without_validation_images(chain, capsys):
-    make_folder(Path("set"), images=8, splits=["train"])
-    flags = [*chain.inputs["pretrain"], "--data", "set", "--output", "run", "--steps", "2"]
-    run("pretrain", *flags)
-    assert "no evaluation: --data set: it has no val/ folder" in capsys.readouterr().err
-    assert log("run", "val") == []
-    assert not Path("run/masked.png").exists()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -559,6 +551,94 @@ def test_holdout_is_never_trained_on_and_stands_for_the_validation_images(chain,
     seen = {index for _, index in trained}
     assert len(seen) == 44
     assert not held & seen
+
+
+def test_names_of_classes_are_compared(folder, capsys):
+    """By name: a folder renamed, so that the order is another, was evaluated without a word."""
+    make_folder(folder / "set", ("ant", "bee", "cow"), images=8)
+    flags = ["--data", "set", "--init", "none", "--image-size", "16", "--batch-size", "8"]
+    run("finetune", *flags, "--steps", "1", "--output", "run")
+    assert newest("run")["args"]["class_names"] == ["ant", "bee", "cow"]
+    for split in ("train", "val"):
+        (folder / "set" / split / "bee").rename(folder / "set" / split / "zebra")
+    evaluation = [*flags, "--init", "run", "--eval"]
+    message = fails(capsys, "finetune", *evaluation)
+    assert "--data set: its class 1 is cow, that of --init run is bee" in message
+    assert "class_names: ['ant', 'bee', 'cow'], now" in fails(
+        capsys, "finetune", *flags, "--steps", "2", "--output", "run")
+    run("finetune", *flags, "--init", "run", "--steps", "1", "--output", "other")   # another task
+    # a run from before names were kept
+    state = newest("run")
+    del state["digest"], state["args"]["class_names"]
+    for file in Path("run").glob("*.pt"):
+        file.unlink()
+    checkpoint.write(Path("run/step-00000001.pt"), state)
+    assert run("finetune", *evaluation)["images"] == 24
+    run("finetune", *flags, "--steps", "1", "--output", "run")
+
+
+def test_holdout_needs_no_val(folder, capsys):
+    make_folder(folder / "set", images=8, splits=["train"])
+    flags = ["--data", "set", "--init", "none", "--batch-size", "4", "--steps", "1"]
+    message = fails(capsys, "finetune", *flags)
+    assert "set: it has no val/ folder" in message
+    assert "--holdout 0.1" in message
+    run("finetune", *flags, "--holdout", "0.25")
+    assert log("runs/demo/finetune", "holdout")[-1]["images"] == 4
+    (folder / "set" / "train").rename(folder / "set" / "ant")
+    message = fails(capsys, "finetune", *flags, "--holdout", "0.25")
+    assert "set: it has no train/ folder" in message
+    assert "DIR/train/CLASS/" in message
+
+
+@pytest.mark.parametrize("flags", [[], ["--probe", "knn"], ["--eval"], ["--holdout", "0.5"]])
+def test_one_class_is_refused(flags, folder, capsys):
+    make_folder(folder / "set", ["ant"], images=8)
+    message = fails(capsys, "finetune", "--data", "set", "--init", "none", *flags)
+    assert "--data set: one class only, ant: two or more are needed" in message
+
+
+# ------------------------------------------------------------------------------------------------
+# A folder of photos, without labels
+
+@pytest.mark.parametrize("form", ["flat", "nested"])
+def test_stages_0_to_2_on_a_folder_of_photos(form, folder, monkeypatch):
+    """--recipe photos, small. The same images are held out in all stages, never trained on."""
+    used = set()
+
+    def watched(dataset, index):
+        path, _ = dataset.samples[index]
+        used.add((Path(path).name, torch.is_grad_enabled()))    # not where it is evaluated
+        return plain_read(dataset, index)
+
+    plain_read = data.read
+    monkeypatch.setattr(data, "read", watched)
+    for i in range(24):
+        path = folder / "photos" / (f"{i % 3}/a" if form == "nested" else "") / f"{i:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 255, (40, 50 + i, 3), np.uint8)
+        Image.fromarray(noise).save(path)
+    common = ["--recipe", "photos", "--data", "photos", "--image-size", "32", "--batch-size", "8",
+              "--epochs", "1", "--workers", "0", "--amp", "fp32"]
+    small = ["--model", "nano", "--patch-size", "8"]
+    own = {
+        "teacher": [*small, "--hidden", "16", "--features", "8"],
+        "tokenizer": ["--channels", "16", "16", "16", "16", "--codebook-size", "32"],
+        "pretrain": [*small, "--mask-block", "2"],
+    }
+    held_out = {Path(path).name for path, _ in data.load_images("photos", "val", 32).samples}
+    assert len(held_out) == 2
+    for stage, flags in own.items():
+        used.clear()
+        module = STAGES[stage]
+        module.main(module.get_args([*common, *flags]))
+        assert newest(f"runs/photos/{stage}")["step"] == 2
+        trained = {name for name, training in used if training}
+        assert len(trained) >= 16                           # one is also read for its size
+        assert not trained & held_out
+        if stage == "tokenizer":
+            assert {name for name, training in used if not training} == held_out
+    finetune.build(finetune.get_args([*common, *small]), 3, newest("runs/photos/pretrain"))
 
 
 # ------------------------------------------------------------------------------------------------

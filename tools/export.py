@@ -20,7 +20,7 @@ import checkpoint
 from beit import to_beit
 from model import HALF
 from runtime import InputError
-from weights import trained_weights, vit_arguments
+from weights import class_names, trained_weights, vit_arguments
 
 
 def settings(state):
@@ -52,8 +52,9 @@ def settings(state):
         config["vocab_size"] = codes
     else:
         config["architectures"] = ["BeitForImageClassification"]
-        config["id2label"] = {i: f"LABEL_{i}" for i in range(classes)}
-        config["label2id"] = {f"LABEL_{i}": i for i in range(classes)}
+        names = class_names(state) or [f"LABEL_{i}" for i in range(classes)]
+        config["id2label"] = dict(enumerate(names))
+        config["label2id"] = {name: i for i, name in enumerate(names)}
     side = vit["image_size"]
     processor = dict(           # BEiT's own squashes the image to a square; CLIP's does as we do
         image_processor_type="CLIPImageProcessor",

@@ -26,7 +26,7 @@ from weights import load
 
 def validation_images(args, preprocess, number, seed=0):
     """A few random validation images of a run's dataset: (number, 3, H, W)."""
-    dataset = data.load_dataset(args["data"], "val", args["image_size"])
+    dataset = data.load_images(args["data"], "val", args["image_size"])
     chosen = random.Random(seed).sample(range(len(dataset)), min(number, len(dataset)))
     return torch.stack([preprocess(data.read(dataset, index)[0]) for index in chosen])
 

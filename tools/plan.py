@@ -70,8 +70,10 @@ def dataset_of(args):
             dataset = segment.load_dataset(args.data, "train", args.image_size, args.classes)
         elif args.stage == "detect":
             dataset = detect.load_dataset(args.data, "train", args.image_size)
-        else:
+        elif args.stage == "finetune":
             dataset = data.load_dataset(args.data, "train", args.image_size)
+        else:
+            dataset = data.load_images(args.data, "train", args.image_size)
     except runtime.InputError:
         paper = {"segment": ADE20K, "detect": COCO}
         return *paper.get(args.stage, IMAGENET), False
