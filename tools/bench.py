@@ -185,7 +185,7 @@ class Bench:
         return row
 
     def finetuning(self):
-        network, _ = finetune.build(FINETUNE, classes=1000, state={})
+        network, _ = finetune.build(FINETUNE, classes=1000, state=None)
         network.to(self.device)
         groups = param_groups(network, FINETUNE.weight_decay, FINETUNE.layer_decay)
         optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)

@@ -88,9 +88,9 @@ def dataset_of(args):
 
 
 def checkpoint_without_weights(path):
-    """What a checkpoint says of its network; {} where it is not there, or not ours."""
+    """What a checkpoint says of its network; None where it is not there, or not ours."""
     if path == "none":
-        return {}
+        return None
     try:
         state = checkpoint.load(path)
     except runtime.InputError:
@@ -99,8 +99,8 @@ def checkpoint_without_weights(path):
         print(f"{path}: not there, or not ours: counted as the paper's, or by --model",
               file=sys.stderr)
     if "model_args" not in state:
-        return {}
-    return dict(stage=state["stage"], model_args=state["model_args"], model={})
+        return None
+    return dict(stage=state["stage"], model_args=state["model_args"], model=None)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def plan_tokenizer(args, classes, state):
 
 
 def plan_pretrain(args, classes, state):
-    codes = VQTokenizer(**state.get("model_args", {})).eval().requires_grad_(False)
+    codes = VQTokenizer(**(state["model_args"] if state else {})).eval().requires_grad_(False)
     model, _, _ = pretrain.build(args, len(codes.quantizer.codebook))
     grid = args.image_size // args.patch_size
     masked = round(args.mask_ratio * grid * grid)
