@@ -72,6 +72,15 @@ def launch(main, args):
             worker.kill()
 
 
+def launch_tool(name, main):
+    """Run a tool's main(). Bad input, or a place that cannot be written, ends with one line."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        warn(f"tools.{name}: {error}")
+        sys.exit(2)
+
+
 def end(args, message, status):
     warn(f"{args.stage}.py: {message}")
     sys.exit(status)
@@ -251,7 +260,7 @@ def device():
 def cpu_info():
     """Lines of Linux' /proc/cpuinfo; none on other systems."""
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
 def hardware():

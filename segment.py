@@ -383,7 +383,7 @@ def evaluate(args, model, dataset, device):
         lines = ["| class | IoU | accuracy |", "| --- | --- | --- |"]
         for name, i, a in zip(dataset.classes, iou, accuracy, strict=True):
             lines.append(f"| {name} | {i:.1f} | {a:.1f} |")
-        (folder / "classes.md").write_text("\n".join(lines) + "\n")
+        (folder / "classes.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return dict(row, images=len(dataset))
 
 

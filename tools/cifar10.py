@@ -7,7 +7,6 @@ Only the target of pre-training differs. Runs the stages by the command lines th
 runs/RECIPE/; what is finished is not run again, what was stopped goes on where it was. Then writes
 RESULTS.md and the README's table from the logs.
 """
-import argparse
 import json
 import os
 import re
@@ -24,6 +23,7 @@ import torch
 
 import finetune
 import pretrain
+import runtime
 import teacher
 import tokenizer
 from model import SIZES
@@ -184,7 +184,7 @@ class Runner:
         if self.failed is None:
             sys.exit("stopped: the same command goes on from here")
         name, status, command = self.failed
-        output = (self.folder / name / "output.txt").read_text().splitlines()
+        output = (self.folder / name / "output.txt").read_text(encoding="utf-8").splitlines()
         print(*output[-10:], sep="\n")
         sys.exit(f"failed with status {status}: {command}")
 
@@ -505,7 +505,7 @@ def replace(text, name, new):
 def write(runner, seeds):
     """Write this recipe's part of RESULTS.md, and the README's table; the other part stays."""
     results, readme = ROOT / "RESULTS.md", ROOT / "README.md"
-    old = results.read_text() if results.exists() else ""
+    old = results.read_text(encoding="utf-8") if results.exists() else ""
     parts = [HEAD]
     for recipe in SEARCH:
         found = re.search(rf"^## `--recipe {recipe}`.*?(?=^## |\Z)", old, re.S | re.M)
@@ -513,22 +513,23 @@ def write(runner, seeds):
             parts.append(section(Runner(recipe), seeds))
         else:
             parts.append(found[0].strip())
-    results.write_text("\n\n".join(parts) + "\n")
+    results.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     arms = arms_table(runner, seeds)
-    readme.write_text(replace(readme.read_text(), f"{runner.recipe} table", arms))
+    text = replace(readme.read_text(encoding="utf-8"), f"{runner.recipe} table", arms)
+    readme.write_text(text, encoding="utf-8")
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                epilog="Flags not known here go to every stage.")
+    p = runtime.Parser("tools.cifar10", __doc__,
+                       epilog="Flags not known here go to every stage.")
     p.add_argument("--recipe", choices=SEARCH,
                    default="cifar" if torch.cuda.is_available() else "cifar-cpu",
                    help="default: by the hardware")
     p.add_argument("--data", default=None if Path(ROOT, "data/cifar10").is_dir() else "cifar10",
                    help="dataset, as the stages' --data; default: the recipe's data/cifar10 where "
                         "it is a folder, else torchvision's download")
-    p.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
-    p.add_argument("--jobs", type=int, default=2, help="command lines side by side")
+    p.add_argument("--seeds", type=runtime.positive, default=3, help="number of seeds, from 0")
+    p.add_argument("--jobs", type=runtime.positive, default=2, help="command lines side by side")
     p.add_argument("--ablations", action="store_true", help="also the paper's ablations")
     p.add_argument("--report", action="store_true",
                    help="run nothing, only write RESULTS.md and the README's table")

@@ -8,15 +8,14 @@ BeitForImageClassification's, with the names and settings of the published BEiT 
 image processor resizes and crops as in the run's evaluation. Needs safetensors.
 A run of teacher.py: checkpoint.pth.tar, the encoder by the names that MoCo v3's own scripts read.
 """
-import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 import torch
 
 import checkpoint
+import runtime
 from model import HALF
 from runtime import InputError
 from weights import trained_weights, vit_arguments
@@ -109,8 +108,9 @@ def settings(state):
 def export_teacher(state, folder):
     encoder = {f"module.base_encoder.{key}": value for key, value in state["model"].items()}
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(arch=f"vit_{state['args']['model']}", epoch=state["epoch"],
-                    state_dict=encoder), folder / "checkpoint.pth.tar")
+    contents = dict(arch=f"vit_{state['args']['model']}", epoch=state["epoch"], state_dict=encoder)
+    with open(folder / "checkpoint.pth.tar", "wb") as file:
+        torch.save(contents, file)
 
 
 def export_beit(state, folder):
@@ -120,14 +120,14 @@ def export_beit(state, folder):
     except ImportError:
         raise InputError("safetensors is missing: pip install safetensors") from None
     folder.mkdir(parents=True, exist_ok=True)
-    weights = rename(trained_weights(state))
-    save_file(weights, folder / "model.safetensors", metadata=dict(format="pt"))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    weights = rename(trained_weights(state))
+    save_file(weights, folder / "model.safetensors", metadata=dict(format="pt"))
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p = runtime.Parser("tools.export", __doc__)
     p.add_argument("run", help="run or checkpoint of teacher.py, pretrain.py or finetune.py")
     p.add_argument("folder", type=Path,
                    help="is made, with config.json, preprocessor_config.json and "
@@ -139,8 +139,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"tools.export: {error}", file=sys.stderr)
-        sys.exit(2)
+    runtime.launch_tool("export", main)

@@ -6,7 +6,6 @@ The first argument is a stage; all flags but --ranks and --images-per-second are
 stage's own builder makes the networks, of fake tensors, with shapes but no storage: to ask for
 ViT-H costs nothing.
 """
-import argparse
 import sys
 from types import SimpleNamespace
 from unittest import mock
@@ -258,10 +257,11 @@ class Saved:
 
 def get_args(argv=None):
     """Our own arguments, and those of the stage."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p = runtime.Parser("tools.plan", __doc__, allow_abbrev=False)
     p.add_argument("stage", choices=STAGES)
-    p.add_argument("--ranks", type=int, default=1, help="processes, a GPU each")
-    p.add_argument("--images-per-second", type=float, default=1000, help="of all ranks together")
+    p.add_argument("--ranks", type=runtime.positive, default=1, help="processes, a GPU each")
+    p.add_argument("--images-per-second", type=runtime.number(float, above=0), default=1000,
+                   help="of all ranks together")
     own, flags = p.parse_known_args(argv)
     return own, STAGES[own.stage].get_args(flags)
 
@@ -292,8 +292,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except runtime.InputError as error:
-        print(f"tools.plan: {error}", file=sys.stderr)
-        sys.exit(2)
+    runtime.launch_tool("plan", main)

@@ -6,15 +6,14 @@ Curves come from log.jsonl, those of all runs over one another; pictures are tho
 wrote. For a pretrain.py run whose tokenizer and data are still there, masked images with the
 predicted codes decoded are drawn now.
 """
-import argparse
 import base64
 import html
 import io
 import json
 import math
-import sys
 from pathlib import Path
 
+import runtime
 from runtime import InputError
 from tools.figures import masked_predictions, sheet
 
@@ -246,18 +245,14 @@ def page(runs):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p = runtime.Parser("tools.report", __doc__)
     p.add_argument("runs", nargs="+", help="output folders of any stages")
     p.add_argument("--output", type=Path, default=Path("report.html"),
                    help="file to write; default: %(default)s")
     args = p.parse_args(argv)
-    args.output.write_text(page([Run(folder) for folder in args.runs]))
-    print(args.output)
+    args.output.write_text(page([Run(folder) for folder in args.runs]), encoding="utf-8")
+    runtime.say(str(args.output))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"tools.report: {error}", file=sys.stderr)
-        sys.exit(2)
+    runtime.launch_tool("report", main)
