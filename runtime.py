@@ -140,6 +140,8 @@ def number(kind, above=-math.inf, at_least=-math.inf, below=math.inf, at_most=LA
         value = math.nan
         with contextlib.suppress(ValueError):
             value = kind(text)
+        if kind is float and abs(value) < torch.finfo(torch.float32).tiny:
+            value = 0.0                                     # in fp32 it is
         if above < value < below and at_least <= value <= at_most:
             return value
         needed = []

@@ -125,9 +125,9 @@ def transfer(source, state, arguments, **task):
     if weights is None:
         model = VisionTransformer(**arguments)
         return model, arguments, list(model.state_dict())
+    with checkpoint.built_from(source):
+        model = VisionTransformer(**arguments)
     try:
-        with checkpoint.built_from(source):
-            model = VisionTransformer(**arguments)
         return model, arguments, load_backbone(model, weights)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error

@@ -370,7 +370,7 @@ def test_a_network_without_weights(chain):
     """As tools.plan asks for it."""
     args = detect.get_args([*COMMON, *OWN["detect"], "--checkpoint-activations"])
     state = newest(chain.pretrain)
-    network, model_args = detect.build(args, 10, state | dict(model={}))
+    network, model_args = detect.build(args, 10, state | dict(model=None))
     assert model_args == newest(chain.detect)["model_args"]
     assert network.state_dict().keys() == newest(chain.detect)["model"].keys()
     assert network.backbone.pyramid.vit.checkpoint_activations

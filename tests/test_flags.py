@@ -125,8 +125,8 @@ WORST = [
 @pytest.mark.parametrize("stage, flags", WORST)
 def test_what_a_range_lets_pass_runs_or_ends_with_a_status(stage, flags, capsys):
     module = STAGES[stage]
-    args = module.get_args([*COMMON, *OWN[stage], "--steps", "2", *flags])
     try:
+        args = module.get_args([*COMMON, *OWN[stage], "--steps", "2", *flags])
         runtime.launch(module.main, args)
     except SystemExit as stop:
         assert stop.code in (2, 3, 4)

@@ -1,4 +1,6 @@
 """python -m tools.plan: what it says is what a step takes."""
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -145,7 +147,8 @@ def test_bad_input_is_refused():
 def test_the_network_is_that_of_the_checkpoint():
     big = dict(image_size=32, patch_size=8, dim=128, depth=2, heads=2)
     model_args = dict(big, positions="shared", codes=8)
-    torch.save(dict(stage="pretrain", model_args=model_args, model={}), "big.pt")
+    state = dict(stage="pretrain", step=1, epoch=0, best=None, args={}, optimizer={}, model={})
+    checkpoint.write(Path("big.pt"), state | dict(model_args=model_args))
     found = plan.estimate(arguments("finetune", "--init", "big.pt"), 10)
     own = VisionTransformer(**big, positions="block", classes=10)
     assert found.trained == numbers(own)
