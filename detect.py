@@ -142,6 +142,8 @@ class Coco(Dataset):
                 self.category_ids.index(annotation["category_id"])
                 for key in ("bbox", "area", "segmentation"):
                     annotation[key]                         # KeyError: it lacks one
+                if not annotation["segmentation"]:
+                    raise ValueError(f"annotation {annotation['id']}'s segmentation is empty")
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise InputError(
                 f"{file}: not COCO's format of instances ({type(error).__name__}: {error}); an "

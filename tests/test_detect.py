@@ -142,7 +142,11 @@ def test_bad_coco_files(folder, capsys):
     def without_area(annotation):
         del annotation["area"]
 
-    for damage in (without_segmentation, of_an_unknown_category, without_area):
+    def with_an_empty_segmentation(annotation):
+        annotation["segmentation"] = []
+
+    for damage in (without_segmentation, with_an_empty_segmentation, of_an_unknown_category,
+                   without_area):
         changed = json.loads(whole)
         damage(changed["annotations"][2])
         file.write_text(json.dumps(changed))

@@ -99,7 +99,7 @@ def test_activations_are_what_the_allocator_holds():
              "--patch-size", "16", "--batch-size", "24"]
     args = finetune.get_args(flags)
     found = plan.estimate(args, 1000)
-    model, _ = finetune.build(args, 1000, {})
+    model, _ = finetune.build(args, 1000, None)
     images = torch.zeros(args.batch_size, 3, args.image_size, args.image_size)
     labels = torch.zeros(len(images), dtype=torch.int64)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
