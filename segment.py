@@ -73,7 +73,7 @@ PICTURES = 8                    # validation images drawn at each evaluation; ou
 def get_args(argv=None):
     p = runtime.parser("segment", __doc__)
     p.add_argument("--eval", action="store_true", help="only evaluate --init")
-    p.add_argument("--classes", type=number(int, at_least=2, at_most=10_000),
+    p.add_argument("--classes", type=number(int, at_least=1, at_most=10_000),
                    help="number of classes of a folder; 0 is ignored")
     p.add_argument("--aux-weight", type=number(float, at_least=0),
                    help="weight of the auxiliary head's loss")
