@@ -15,6 +15,14 @@ import torch
 
 from runtime import InputError, warn
 
+# What each of our checkpoints holds, beside other modules that were trained.
+CONTENTS = dict(digest=str, stage=str, step=int, epoch=int, best=(float, int, type(None)),
+                args=dict, model_args=dict, optimizer=dict, model=dict)
+MOST_BLOCKS = 1000              # of a network, so that none is built for ever; our choice
+
+# What contents of any kind raise where a network is built of them.
+UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 
 def digest(value):
     """SHA-256 over nested dicts, lists, tensors and plain values, in their order."""
@@ -98,19 +106,26 @@ def load(path, stages=None, flag="", made_by=""):
         if made_by:
             raise InputError(f"{flag} {path}: nothing there; make one with: python {made_by}")
         raise InputError(f"{path}: nothing there, {wanted}")
+    detail = ""
     for file in candidates:
         try:
             state = load_sound(file)
         except Exception as error:            # torch.load raises all kinds on a bad or hostile file
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            warn(f"{file}: not loaded: {reason}")
+            if "weights_only" in str(error):                # torch advises to execute it
+                reason = "not one of plain values and tensors"
+            if path.is_dir():
+                warn(f"{file}: not loaded: {reason}")
+            else:
+                detail = f" ({reason})"
             continue
-        stage = state.get("stage") if "digest" in state else None
+        stage = state.get("stage")
         if stages and stage not in stages:
             found = f"a checkpoint of {stage}" if stage else "another file"
             raise InputError(f"{file}: found {found}, {wanted}")
         return state
-    raise InputError(f"{path}: no sound checkpoint, {wanted}; restore one or name another path")
+    raise InputError(
+        f"{path}: no sound checkpoint{detail}, {wanted}; restore one or name another path")
 
 
 def load_sound(file):
@@ -118,8 +133,53 @@ def load_sound(file):
         state = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise ValueError(f"it holds a {type(state).__name__}")
+    if "stage" in state:
+        check(state)
     if "digest" in state:
         rest = {key: value for key, value in state.items() if key != "digest"}
         if state["digest"] != digest(rest):
             raise ValueError("its digest differs")
     return state
+
+
+def check(state):
+    """Raise ValueError where one of our checkpoints lacks what is read of it."""
+    for key, kinds in CONTENTS.items():
+        if key not in state or not isinstance(state[key], kinds):
+            raise ValueError(f'its "{key}" is missing or of the wrong type')
+    if state["step"] < 0:
+        raise ValueError(f'its "step" is {state["step"]}')
+    arguments = state["model_args"]
+    if isinstance(arguments.get("vit"), dict):              # of tokenizer.py --vit, of dense stages
+        arguments = arguments | arguments["vit"]
+    for key in ("depth", "decoder_blocks"):
+        if isinstance(arguments.get(key), int) and arguments[key] > MOST_BLOCKS:
+            raise ValueError(f'its "{key}" is {arguments[key]}')
+    for module in ("model", "ema"):
+        check_weights(state.get(module, {}))
+
+
+def check_weights(weights):
+    """Raise ValueError where weights, a dict, hold what no network of ours or others' has."""
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} is no tensor")
+        if value.dtype != torch.int64 and not value.is_floating_point():    # int64: a count
+            raise ValueError(f"{name} is of {value.dtype}")
+        if not value.isfinite().all():
+            raise ValueError(f"{name} is not finite: the training that wrote it had failed")
+
+
+@contextlib.contextmanager
+def built_from(source):
+    """Around what builds a network of a checkpoint's contents. Raises InputError with its name."""
+    try:
+        yield
+    except InputError:
+        raise
+    except UNFIT as error:
+        lines = str(error).splitlines() or [""]
+        # load_state_dict heads a list of the names that it complains of; here the first of them
+        reason = lines[min(1, len(lines) - 1)].split(', "')[0].strip()
+        raise InputError(f"{source}: of another architecture ({reason}): train it anew, or use the "
+                         "version of this code that wrote it") from error

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import folders
 import runtime
 from augment import to_bytes
-from runtime import InputError, derive_seed, rank, world_size
+from runtime import InputError, derive_seed, number, rank, world_size
 from scenes import Synthetic, synthetic_number
 from transforms import Joint, to_rgb
 
@@ -32,16 +32,18 @@ def add_arguments(p, layout=LAYOUT, augment=True):
     """Add the data flags of a stage to its parser. layout: what --data may be."""
     group = p.add_argument_group("data")
     group.add_argument("--data", help=f"dataset: {layout}")
-    group.add_argument("--image-size", type=int, help="side of the images, pixels")
+    group.add_argument("--image-size", type=number(int, at_least=1, at_most=8192),
+                       help="side of the images, pixels")
     if augment:
         group.add_argument("--augment", choices=["image", "batch"],
                            help="image: each image in a loader's worker, by torchvision; "
                                 "batch: whole batches on the GPU, a worker only decodes and crops")
-        group.add_argument("--crop-min", type=float,
+        group.add_argument("--crop-min", type=number(float, above=0, at_most=1),
                            help="smallest random crop, share of the image's area")
-    group.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) - 1),
+    group.add_argument("--workers", type=number(int, at_least=0, at_most=128),
+                       default=min(8, (os.cpu_count() or 2) - 1),
                        help="loader processes of each rank")
-    group.add_argument("--skip-bad-images", type=int, default=0,
+    group.add_argument("--skip-bad-images", type=number(int, at_least=0), default=0,
                        help="training images that cannot be read and are replaced by others, on "
                             "each rank; one more ends the run")
 
@@ -273,8 +275,8 @@ def make_loader(samples, batches, workers, collate=None):
 def start_worker(worker):
     torch.set_num_threads(1)
     # torchrun and Ctrl-C signal every process: a worker that died of it would cost the checkpoint.
-    for number in runtime.SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for one in runtime.SIGNALS:
+        signal.signal(one, signal.SIG_IGN)
 
 
 def as_lists(batch):

@@ -35,7 +35,7 @@ import transforms
 import weights
 from logbook import Run
 from model import VisionTransformer, ViTPyramid, param_groups
-from runtime import InputError
+from runtime import InputError, number
 from scenes import Scenes, instances, palette, synthetic_number
 
 try:
@@ -90,13 +90,17 @@ PICTURES = 8                    # validation images drawn at each evaluation; ou
 def get_args(argv=None):
     p = runtime.parser("detect", __doc__)
     p.add_argument("--eval", action="store_true", help="only evaluate --init")
-    p.add_argument("--min-size", type=int,
+    p.add_argument("--min-size", type=number(int, at_least=1, at_most=8192),
                    help="smallest shorter side in training, pixels: it is drawn from there to "
                         "--image-size, which is evaluation's, in steps of 32")
-    p.add_argument("--max-size", type=int, help="largest longer side, pixels")
-    p.add_argument("--channels", type=int, help="channels of the feature pyramid and the heads")
-    p.add_argument("--boxes", type=int, help="boxes sampled of an image in training, to classify")
-    p.add_argument("--warmup-steps", type=int, help="steps of linear warm-up of the lr")
+    p.add_argument("--max-size", type=number(int, at_least=1, at_most=8192),
+                   help="largest longer side, pixels")
+    p.add_argument("--channels", type=number(int, at_least=1, at_most=4096),
+                   help="channels of the feature pyramid and the heads")
+    p.add_argument("--boxes", type=number(int, at_least=4),       # a quarter are of objects
+                   help="boxes sampled of an image in training, to classify")
+    p.add_argument("--warmup-steps", type=number(int, at_least=0),
+                   help="steps of linear warm-up of the lr")
     weights.add_arguments(p, also="none: from scratch; with --eval: a run of detect.py")
     layout = "synthetic[:IMAGES], or a folder in COCO's layout: train2017/, val2017/, annotations/"
     data.add_arguments(p, layout=layout, augment=False)
@@ -139,6 +143,8 @@ class Coco(Dataset):
                 self.category_ids.index(annotation["category_id"])
                 for key in ("bbox", "area", "segmentation"):
                     annotation[key]                         # KeyError: it lacks one
+                if not annotation["segmentation"]:
+                    raise ValueError(f"annotation {annotation['id']}'s segmentation is empty")
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise InputError(
                 f"{file}: not COCO's format of instances ({type(error).__name__}: {error}); an "
@@ -239,11 +245,12 @@ def mask_rcnn(vit, classes, channels, boxes, sizes, max_size):
 
 
 def build(args, classes, state):
-    """The network on a checkpoint's ViT (state; {}: from scratch), and arguments to build it again.
+    """The network on a checkpoint's ViT, and the arguments to build it again.
 
-    classes: number of them.
+    classes: number of them. state: the checkpoint's contents; None: from scratch.
     """
-    patch = state.get("model_args", {}).get("patch_size", args.patch_size)
+    stored = state["model_args"] if state and "stage" in state else {}
+    patch = stored.get("patch_size", args.patch_size)
     whole = math.ceil(args.image_size / patch) * patch      # pixels, a multiple of the patches'
     vit, vit_args, _ = weights.begin(args, state, whole)
     rest = dict(classes=classes, channels=args.channels, boxes=args.boxes, **sides(args))
@@ -260,12 +267,13 @@ def load(args, classes):
     """The network of a run of detect.py. Raises InputError where it has other classes."""
     state = checkpoint.load(args.init, ["detect"], "--init", f"detect.py --recipe {args.recipe}")
     arguments = state["model_args"] | sides(args)
-    found = arguments["classes"]
+    found = arguments.get("classes")
     if found != classes:
         raise InputError(f"--init {args.init}: has {found} classes, --data {args.data} {classes}")
-    vit = VisionTransformer(**weights.vit_arguments(arguments.pop("vit")))
-    model = mask_rcnn(vit, **arguments)
-    model.load_state_dict(state["model"])
+    with checkpoint.built_from(f"--init {args.init}"):
+        vit = VisionTransformer(**weights.vit_arguments(arguments.pop("vit")))
+        model = mask_rcnn(vit, **arguments)
+        model.load_state_dict(state["model"])
     return model
 
 

@@ -101,19 +101,22 @@ class Run:
         state = checkpoint.load(self.folder)
         self.compare_arguments(state["args"])
         wrong = f"--output {self.folder} holds a run of another architecture"
-        names = [group["param_names"] for group in state["optimizer"]["param_groups"]]
+        try:
+            names = [group["param_names"] for group in state["optimizer"]["param_groups"]]
+        except checkpoint.UNFIT:
+            names = None
         own_names = [group["param_names"] for group in self.optimizer.state_dict()["param_groups"]]
         if names != own_names or not self.modules.keys() <= state.keys():
             raise InputError(f"{wrong}: choose another --output")   # moments load by position
+        settings = [{key: value for key, value in group.items() if key not in ("params", "lr")}
+                    for group in self.optimizer.param_groups]
         try:
             for name, module in self.modules.items():
                 module.load_state_dict(state[name])
-        except RuntimeError as error:                       # its last line: expected and found
+            self.optimizer.load_state_dict(state["optimizer"])
+        except checkpoint.UNFIT as error:                   # its last line: expected and found
             detail = str(error).splitlines()[-1].strip()
             raise InputError(f"{wrong} ({detail}): choose another --output") from error
-        settings = [{key: value for key, value in group.items() if key not in ("params", "lr")}
-                    for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)                          # --resume force: the new weight decay counts
         self.start, self.best = state["step"], state["best"]
@@ -267,11 +270,16 @@ class Run:
     def fail(self, name, ranks, samples):
         where = []
         for r in ranks:
-            images = ", ".join(map(str, samples(self.step, r)))
-            where.append(f"rank {r} (images {images})")
-        raise FloatingPointError(
-            f"{name} not finite at step {self.step} on {', '.join(where)}; stopped before the "
-            "update, the last checkpoint is intact: try a lower --lr or --amp fp32")
+            images = samples(self.step, r)
+            listed = ", ".join(map(str, images[:8]))
+            more = f" and {len(images) - 8} more" if len(images) > 8 else ""
+            where.append(f"rank {r} (images {listed}{more})")
+        remedy = "the last checkpoint is intact: try a lower --lr or --amp fp32"
+        if self.step == self.start == 0:                    # no step has moved the weights yet
+            remedy = ("at the first step it comes of what goes in: look at --data, at the "
+                      "checkpoints that are read, at the other flags")
+        raise FloatingPointError(f"{name} not finite at step {self.step} on {', '.join(where)}; "
+                                 f"stopped before the update, {remedy}")
 
     # ---- After a step
 

@@ -16,6 +16,7 @@ import runtime
 import transforms
 from logbook import Run
 from model import SIZES, MaskedAutoencoder, VisionTransformer, block_mask, param_groups, random_mask
+from runtime import number
 from weights import restore
 
 PAPER = dict(
@@ -103,20 +104,28 @@ def get_args(argv=None):
     p = runtime.parser("pretrain", __doc__)
     p.add_argument("--tokenizer", help="run or checkpoint of tokenizer.py")
     p.add_argument("--model", choices=SIZES, help="size of the ViT")
-    p.add_argument("--patch-size", type=int, help="side of a patch, pixels")
-    p.add_argument("--drop-path", type=float,
+    p.add_argument("--patch-size", type=number(int, at_least=1, at_most=256),
+                   help="side of a patch, pixels")
+    p.add_argument("--drop-path", type=number(float, at_least=0, below=1),
                    help="rate of the last block, rising from 0 at the first")
-    p.add_argument("--layer-scale", type=float, help="initial value; 0: no layer scale")
+    p.add_argument("--layer-scale", type=number(float, at_least=0),
+                   help="initial value; 0: no layer scale")
     p.add_argument("--mae", action="store_true",
                    help="PeCo_MAE: MAE's encoder, of the visible patches alone, and decoder, with "
                         "random masks (MAE's --mask-ratio is 0.75)")
-    p.add_argument("--mask-ratio", type=float, help="share of the patches masked in every image")
-    p.add_argument("--mask-block", type=int, help="smallest block of masked patches, in patches")
-    p.add_argument("--jitter", type=float, help="strength of the colour jitter, 0 to 1")
-    p.add_argument("--betas", type=float, nargs=2, help="AdamW's β₁ and β₂")
-    p.add_argument("--weight-decay", type=float, help="AdamW's weight decay, of matrices")
-    p.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up of the lr")
-    p.add_argument("--clip", type=float, help="largest norm of the gradient")
+    p.add_argument("--mask-ratio", type=number(float, above=0, below=1),
+                   help="share of the patches masked in every image")
+    p.add_argument("--mask-block", type=number(int, at_least=1),
+                   help="smallest block of masked patches, in patches")
+    p.add_argument("--jitter", type=number(float, at_least=0, at_most=1),
+                   help="strength of the colour jitter, 0 to 1")
+    p.add_argument("--betas", type=number(float, at_least=0, below=1), nargs=2,
+                   help="AdamW's β₁ and β₂")
+    p.add_argument("--weight-decay", type=number(float, at_least=0),
+                   help="AdamW's weight decay, of matrices")
+    p.add_argument("--warmup-epochs", type=number(float, at_least=0),
+                   help="epochs of linear warm-up of the lr")
+    p.add_argument("--clip", type=number(float, above=0), help="largest norm of the gradient")
     p.add_argument("--checkpoint-activations", action="store_true",
                    help="recompute blocks in the backward pass: less memory, a forward pass more")
     data.add_arguments(p, layout=data.ANY_LAYOUT)
@@ -203,7 +212,7 @@ def evaluate(args, model, tokenizer, dataset, transform, device):
     shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     loader = data.eval_loader(dataset, transform, runtime.micro_batch(args), args.workers,
                               indices=shuffled[:5000].tolist())
-    for number, (batch, _) in enumerate(loader):
+    for i, (batch, _) in enumerate(loader):
         images, mask = data.to_device(batch, device)
         with runtime.autocast(args, device):
             target = tokenizer.encode(images, mask.shape[1])[mask]              # (M,)
@@ -211,7 +220,7 @@ def evaluate(args, model, tokenizer, dataset, transform, device):
             losses += F.cross_entropy(logits.float(), target, reduction="sum")
             hits += (logits.argmax(1) == target).sum()
             patches += len(target)
-            if number == 0 and runtime.rank() == 0:
+            if i == 0 and runtime.rank() == 0:
                 rows = masked_rows(model, tokenizer, images[:8], mask[:8])
                 transforms.save_rows(rows, Path(args.output, "masked.png"))
     if dist.is_initialized():

@@ -76,25 +76,35 @@ def launch(main, args):
             worker.kill()
 
 
+def launch_tool(name, main):
+    """Run a tool's main(). Bad input, or a place that cannot be written, ends with one line."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        warn(f"tools.{name}: {error}")
+        sys.exit(2)
+
+
 def end(args, message, status):
     warn(f"{args.stage}.py: {message}")
     sys.exit(status)
 
 
-def say(text):
+def say(text, stream="stdout"):
     """Print a line. Never ends a run: the reader of a pipe may be gone, or a disk full."""
     try:
-        print(text, flush=True)
+        try:
+            print(text, file=getattr(sys, stream), flush=True)
+        except UnicodeEncodeError:                          # a terminal, or a locale, of ASCII
+            plain = text.encode("ascii", "backslashreplace").decode()
+            print(plain, file=getattr(sys, stream), flush=True)
     except OSError:
-        sys.stdout = open(os.devnull, "w")                  # nothing more is flushed there
+        setattr(sys, stream, open(os.devnull, "w"))         # nothing more is flushed there
 
 
 def warn(text):
     """The same, to stderr."""
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except OSError:
-        sys.stderr = open(os.devnull, "w")
+    say(text, "stderr")
 
 
 def catch_signals():
@@ -121,12 +131,53 @@ def catch_signals():
 # ------------------------------------------------------------------------------------------------
 # Arguments: a flag wins over the recipe
 
-def positive(text):
-    """An argument's type: a whole number from 1 on."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+# No flag means more than this, and seeds alone are larger. It and whatever limits stand beside the
+# flags without a source are our choice: beyond them no machine of today runs.
+LARGEST = 10 ** 9
+
+
+def number(kind, above=-math.inf, at_least=-math.inf, below=math.inf, at_most=LARGEST):
+    """An argument's type: an int or a float (kind) within limits. NaN and infinities never are."""
+    limits = {"above": above, "of at least": at_least, "below": below, "at most": at_most}
+
+    def parse(text):
+        value = math.nan
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+        if kind is float and abs(value) < torch.finfo(torch.float32).tiny:
+            value = 0.0                                     # in fp32 it is
+        if above < value < below and at_least <= value <= at_most:
+            return value
+        needed = []
+        for word, limit in limits.items():
+            if abs(limit) < LARGEST or limit == at_most < value:    # LARGEST where it was passed
+                needed.append(f"{word} {limit}")
+        noun = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text}: {noun} {' and '.join(needed)} is needed")
+    return parse
+
+
+positive = number(int, at_least=1)
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, without the usage. description: its first paragraph counts.
+
+    There is none where Python leaves docstrings out (-OO).
+    """
+
+    def __init__(self, prog, description=None, **keywords):
+        first = (description or "").partition("\n\n")[0]
+        super().__init__(prog=prog, description=first, **keywords)
+
+    def error(self, message):
+        if message.startswith("argument "):                 # "argument --lr: 0: a number above 0 …"
+            message = message.removeprefix("argument ").replace(": ", " ", 1)
+        warn(f"{self.prog}: {message}")
+        sys.exit(2)
+
+    def print_help(self, file=None):
+        say(self.format_help().rstrip())
 
 
 def one_process(tool):
@@ -149,9 +200,9 @@ class HelpFormatter(argparse.HelpFormatter):
 
 def parser(stage, doc):
     """An argument parser with the flags that every stage has. The stage adds its own."""
-    p = argparse.ArgumentParser(
+    p = Parser(
+        f"{stage}.py", doc,
         add_help=False,                                # parse() prints it, when it knows the recipe
-        description=doc.split("\n\n")[0],
         formatter_class=HelpFormatter,
     )
     p.set_defaults(stage=stage)
@@ -167,10 +218,10 @@ def parser(stage, doc):
                         help="micro-batches of a step on each rank; more of them take less memory")
     shared.add_argument("--epochs", type=positive, help="passes over the training set")
     shared.add_argument("--steps", type=positive, help="optimizer steps, in place of --epochs")
-    shared.add_argument("--lr", type=float,
+    shared.add_argument("--lr", type=number(float, above=0),
                         help="peak learning rate at the recipe's batch size; "
                              "scaled in proportion to --batch-size")
-    shared.add_argument("--seed", type=int, default=0,
+    shared.add_argument("--seed", type=number(int, at_least=0, at_most=2 ** 63 - 1), default=0,
                         help="seed of weights, sample order, augmentation and masks")
     shared.add_argument("--amp", choices=["auto", "bf16", "fp32"], default="auto",
                         help="precision; auto is bf16 autocast where the hardware has it")
@@ -227,7 +278,7 @@ def device():
 def cpu_info():
     """Lines of Linux' /proc/cpuinfo; none on other systems."""
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
 def hardware():
@@ -274,10 +325,24 @@ def micro_batch(args):
 def total_steps(args, images):
     """Steps of an epoch and of the run over so many images; an incomplete batch is dropped."""
     if images < args.batch_size:
-        raise InputError(
-            f"--batch-size {args.batch_size} is more than the {images} training images")
+        parts = world_size() * args.accumulate
+        remedy = f"try {images // parts * parts}"
+        if images < parts:
+            remedy = f"too few for {world_size()} ranks × {args.accumulate} micro-batches"
+        raise InputError(f"--batch-size {args.batch_size} is more than the {images} training "
+                         f"images: {remedy}")
     epoch_steps = images // args.batch_size
-    return epoch_steps, args.steps or args.epochs * epoch_steps
+    steps = args.steps or args.epochs * epoch_steps
+    refuse_longer_warmup(args, "--warmup-epochs", steps, steps / epoch_steps)
+    refuse_longer_warmup(args, "--warmup-steps", steps, steps)
+    return epoch_steps, steps
+
+
+def refuse_longer_warmup(args, flag, steps, longest):
+    """Refuse a warm-up, in the flag's unit, that would not end before the run does."""
+    warmup = getattr(args, flag[2:].replace("-", "_"), 0)
+    if warmup > longest:
+        raise InputError(f"{flag} {warmup:g}: the run has {steps} steps, so {longest:g} at most")
 
 
 def derive_seed(*numbers):

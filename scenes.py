@@ -13,6 +13,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from runtime import InputError
+
 # ------------------------------------------------------------------------------------------------
 # Shapes: inside tests on arrays of points u (to the right), v (down), each about the unit disk
 
@@ -72,6 +74,7 @@ SHAPES = {
 }
 CLUTTER = ("disk", "bar", "corner")
 SPLITS = {"train": 1, "val": 2}                             # what a split's scenes are seeded by
+MOST = 10_000_000                                           # images; our choice
 
 
 # ------------------------------------------------------------------------------------------------
@@ -195,8 +198,14 @@ def halve(image):
 
 
 def synthetic_number(name, split):
-    """Images of --data synthetic[:IMAGES]; a fifth as many for validation."""
-    number = int(name.partition(":")[2] or 10_000)
+    """Images of --data synthetic[:IMAGES]; a fifth as many for validation. Raises InputError."""
+    try:
+        number = int(name.partition(":")[2] or 10_000)
+    except ValueError:
+        number = 0
+    if not 1 <= number <= MOST:
+        raise InputError(
+            f"--data {name}: synthetic:IMAGES needs a whole number of images from 1 to {MOST}")
     return number if split == "train" else max(number // 5, 100)
 
 

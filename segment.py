@@ -28,7 +28,7 @@ import transforms
 import weights
 from logbook import Run
 from model import VisionTransformer, ViTPyramid, param_groups
-from runtime import InputError
+from runtime import InputError, number
 from scenes import Scenes, palette, synthetic_number
 
 PAPER = dict(
@@ -74,9 +74,12 @@ PICTURES = 8                    # validation images drawn at each evaluation; ou
 def get_args(argv=None):
     p = runtime.parser("segment", __doc__)
     p.add_argument("--eval", action="store_true", help="only evaluate --init")
-    p.add_argument("--classes", type=int, help="number of classes of a folder; 0 is ignored")
-    p.add_argument("--aux-weight", type=float, help="weight of the auxiliary head's loss")
-    p.add_argument("--warmup-steps", type=int, help="steps of linear warm-up of the lr")
+    p.add_argument("--classes", type=number(int, at_least=1, at_most=10_000),
+                   help="number of classes of a folder; 0 is ignored")
+    p.add_argument("--aux-weight", type=number(float, at_least=0),
+                   help="weight of the auxiliary head's loss")
+    p.add_argument("--warmup-steps", type=number(int, at_least=0),
+                   help="steps of linear warm-up of the lr")
     weights.add_arguments(p, also="none: from scratch; with --eval: a run of segment.py")
     layout = "synthetic[:IMAGES], or a folder in ADE20K's layout: images/ and annotations/"
     data.add_arguments(p, layout=layout, augment=False)
@@ -276,9 +279,9 @@ def pixel_loss(logits, labels):
 
 
 def build(args, classes, state):
-    """The network on a checkpoint's ViT (state; {}: from scratch), and arguments to build it again.
+    """The network on a checkpoint's ViT, and the arguments to build it again.
 
-    classes: number of them.
+    classes: number of them. state: the checkpoint's contents; None: from scratch.
     """
     vit, vit_args, _ = weights.begin(args, state, args.image_size)
     return Segmenter(vit, classes), dict(vit=vit_args, classes=classes)
@@ -287,12 +290,13 @@ def build(args, classes, state):
 def load(args, classes):
     """The network of a run of segment.py. Raises InputError where it has other classes."""
     state = checkpoint.load(args.init, ["segment"], "--init", f"segment.py --recipe {args.recipe}")
-    found = state["model_args"]["classes"]
+    found = state["model_args"].get("classes")
     if found != classes:
         raise InputError(f"--init {args.init}: has {found} classes, --data {args.data} {classes}")
-    vit = VisionTransformer(**weights.vit_arguments(state["model_args"]["vit"]))
-    model = Segmenter(vit, classes)
-    model.load_state_dict(state["model"])
+    with checkpoint.built_from(f"--init {args.init}"):
+        vit = VisionTransformer(**weights.vit_arguments(state["model_args"]["vit"]))
+        model = Segmenter(vit, classes)
+        model.load_state_dict(state["model"])
     return model
 
 
@@ -380,7 +384,7 @@ def evaluate(args, model, dataset, device):
         lines = ["| class | IoU | accuracy |", "| --- | --- | --- |"]
         for name, i, a in zip(dataset.classes, iou, accuracy, strict=True):
             lines.append(f"| {name} | {i:.1f} | {a:.1f} |")
-        (folder / "classes.md").write_text("\n".join(lines) + "\n")
+        (folder / "classes.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return dict(row, images=len(dataset))
 
 

@@ -18,6 +18,7 @@ import runtime
 import transforms
 from logbook import Run
 from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, VisionTransformer
+from runtime import number
 
 PAPER = dict(
     data="data/imagenet",       # ImageNet-1K [PeCo]
@@ -93,16 +94,21 @@ RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
 def get_args(argv=None):
     p = runtime.parser("teacher", __doc__)
     p.add_argument("--model", choices=SIZES, help="size of the ViT")
-    p.add_argument("--patch-size", type=int, help="side of a patch, pixels")
-    p.add_argument("--hidden", type=int, help="width of the heads' hidden layers")
-    p.add_argument("--features", type=int, help="dimension of q and k, which the loss compares")
-    p.add_argument("--temperature", type=float,
+    p.add_argument("--patch-size", type=number(int, at_least=1, at_most=256),
+                   help="side of a patch, pixels")
+    p.add_argument("--hidden", type=number(int, at_least=1, at_most=16_384),
+                   help="width of the heads' hidden layers")
+    p.add_argument("--features", type=number(int, at_least=1, at_most=16_384),
+                   help="dimension of q and k, which the loss compares")
+    p.add_argument("--temperature", type=number(float, above=0),
                    help="τ, by which the contrastive loss divides the similarities")
-    p.add_argument("--momentum", type=float,
+    p.add_argument("--momentum", type=number(float, at_least=0, at_most=1),
                    help="m, share of its weights that the key encoder keeps in a step, at the "
                         "start; it rises to 1 by a cosine")
-    p.add_argument("--weight-decay", type=float, help="AdamW's weight decay, of matrices")
-    p.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up of the lr")
+    p.add_argument("--weight-decay", type=number(float, at_least=0),
+                   help="AdamW's weight decay, of matrices")
+    p.add_argument("--warmup-epochs", type=number(float, at_least=0),
+                   help="epochs of linear warm-up of the lr")
     p.add_argument("--checkpoint-activations", action="store_true",
                    help="recompute blocks in the backward pass: less memory, a forward pass more")
     data.add_arguments(p, layout=data.ANY_LAYOUT)

@@ -19,6 +19,7 @@ import transforms
 from codebook import PerceptualLoss, VQTokenizer
 from logbook import Run
 from model import SIZES
+from runtime import number
 from weights import perceptual_network
 
 PAPER = dict(
@@ -110,38 +111,45 @@ RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
 
 def get_args(argv=None):
     p = runtime.parser("tokenizer", __doc__)
-    p.add_argument("--channels", type=int, nargs="+",
+    p.add_argument("--channels", type=number(int, at_least=16, at_most=8192), nargs="+",
                    help="widths from the image's resolution down; each next one has half the "
                         "resolution, so the stride of the codes is 2^(number − 1) pixels")
-    p.add_argument("--decoder-channels", type=int, nargs="+",
+    p.add_argument("--decoder-channels", type=number(int, at_least=16, at_most=8192), nargs="+",
                    help="the decoder's, in the same order; by default the same")
-    p.add_argument("--decoder-blocks", type=int,
+    p.add_argument("--decoder-blocks", type=number(int, at_least=1, at_most=100),
                    help="residual blocks of the decoder at each resolution (by default 2), or its "
                         "transformer blocks with --vit (by default the encoder's number)")
     p.add_argument("--vit", choices=SIZES,
                    help="a ViT of this size as encoder, one as decoder, in place of convolutions")
-    p.add_argument("--patch-size", type=int, help="side of a patch of --vit, pixels")
-    p.add_argument("--codebook-size", type=int, help="K, number of codes")
-    p.add_argument("--code-dim", type=int, help="D, dimension of a code")
-    p.add_argument("--decay", type=float,
+    p.add_argument("--patch-size", type=number(int, at_least=1, at_most=256),
+                   help="side of a patch of --vit, pixels")
+    p.add_argument("--codebook-size", type=number(int, at_least=2, at_most=2 ** 20),
+                   help="K, number of codes")
+    p.add_argument("--code-dim", type=number(int, at_least=1, at_most=8192),
+                   help="D, dimension of a code")
+    p.add_argument("--decay", type=number(float, at_least=0, below=1),
                    help="γ, decay of the codebook's moving averages in a step")
-    p.add_argument("--revive", type=float,
+    p.add_argument("--revive", type=number(float, at_least=0, below=1),
                    help="a code used less than this share of the mean use starts anew; 0: never")
-    p.add_argument("--commitment-weight", type=float, help="β, weight of the commitment term")
+    p.add_argument("--commitment-weight", type=number(float, at_least=0),
+                   help="β, weight of the commitment term")
     p.add_argument("--perceptual",
                    help="perceptual network: moco_v3, moco_v3_resnet50, vgg16 or resnet50 "
                         "(downloaded), the path of one of their files, or of a teacher.py or "
                         "finetune.py run")
-    p.add_argument("--perceptual-weight", type=float,
+    p.add_argument("--perceptual-weight", type=number(float, at_least=0),
                    help="λ, weight of the perceptual loss; 0: pixel-only codes")
-    p.add_argument("--perceptual-layers", type=int, nargs="+",
+    p.add_argument("--perceptual-layers", type=number(int, at_least=1), nargs="+",
                    help="S, layers that are compared; by default blocks 3 6 9 12 of 12, every "
                         "stage of a CNN")
-    p.add_argument("--adversarial-weight", type=float,
+    p.add_argument("--adversarial-weight", type=number(float, at_least=0),
                    help="weight of the adversarial loss; 0: no discriminator")
-    p.add_argument("--betas", type=float, nargs=2, help="Adam's β₁ and β₂")
-    p.add_argument("--warmup-steps", type=int, help="steps of linear warm-up of the lr")
-    p.add_argument("--eval-crop", type=float, help="centre crop in evaluation, share of the side")
+    p.add_argument("--betas", type=number(float, at_least=0, below=1), nargs=2,
+                   help="Adam's β₁ and β₂")
+    p.add_argument("--warmup-steps", type=number(int, at_least=0),
+                   help="steps of linear warm-up of the lr")
+    p.add_argument("--eval-crop", type=number(float, at_least=0.1, at_most=1),
+                   help="centre crop in evaluation, share of the side")
     data.add_arguments(p, layout=data.ANY_LAYOUT)
     return runtime.parse(p, RECIPES, argv)
 
@@ -205,7 +213,7 @@ def evaluate(args, tokenizer, perceptual, dataset, device):
     transform = transforms.evaluation(args.image_size, args.eval_crop)
     loader = data.eval_loader(dataset, transform, runtime.micro_batch(args), args.workers,
                               indices=shuffled.tolist())    # the pictures show all classes
-    for number, (images, _) in enumerate(loader):
+    for i, (images, _) in enumerate(loader):
         images = images.to(device)
         x_hat, codes, _ = tokenizer(images)
         mse = F.mse_loss(x_hat.clamp(-1, 1), images, reduction="none").mean((1, 2, 3))      # (B,)
@@ -215,7 +223,7 @@ def evaluate(args, tokenizer, perceptual, dataset, device):
         if perceptual:
             sums["distance"] += len(images) * perceptual(images, x_hat)
         counts += torch.bincount(codes.flatten(), minlength=size)
-        if number == 0 and runtime.rank() == 0:
+        if i == 0 and runtime.rank() == 0:
             draw(images, x_hat, codes, Path(args.output))
     if dist.is_initialized():
         dist.all_reduce(counts)

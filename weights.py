@@ -22,7 +22,7 @@ from model import (
     resize_bias_table,
     resize_positions,
 )
-from runtime import InputError, rank, say
+from runtime import InputError, number, rank, say
 
 # MoCo v3's ViT-B of 300 epochs (the 100-epoch one, which PeCo uses, was never published) and its
 # ResNet-50; torchvision's supervised networks.
@@ -78,12 +78,9 @@ def read_state(path, stages=None, flag="", made_by=""):
 
 def restore(source, state):
     """The network of one of our checkpoints, called `source` in messages. Raises InputError."""
-    network = network_of(state)
-    try:
+    with checkpoint.built_from(source):
+        network = network_of(state)
         network.load_state_dict(trained_weights(state))
-    except RuntimeError as error:
-        raise InputError(f"{source}: of another architecture ({culprit(error)}): train it anew, or "
-                         "use the version of this code that wrote it") from error
     return network
 
 
@@ -98,14 +95,9 @@ def refuse_other_names(source, state, data, names):
     source, data: what messages call the two.
     """
     known = class_names(state) if state.get("stage") == "finetune" else None
-    for number, (own, name) in enumerate(zip(known or names, names, strict=False)):
+    for i, (own, name) in enumerate(zip(known or names, names, strict=False)):
         if own != name:
-            raise InputError(f"{data}: its class {number} is {name}, that of {source} is {own}")
-
-
-def culprit(error):
-    """The first of the names that load_state_dict complains of."""
-    return str(error).splitlines()[1].split(', "')[0].strip()
+            raise InputError(f"{data}: its class {i} is {name}, that of {source} is {own}")
 
 
 def network_of(state):
@@ -140,31 +132,35 @@ def transfer(source, state, arguments, **task):
     """A ViT for a new task with the weights of another.
 
     source: what messages call the checkpoint. state: its contents, of teacher.py, pretrain.py or
-    finetune.py, or of BEiT's, timm's or MoCo v3's files; {}: all weights are random.
+    finetune.py, or of BEiT's, timm's or MoCo v3's files; None, or one of ours whose "model" is
+    None: all weights are random.
     arguments: of VisionTransformer, where the checkpoint does not say. task: those of the new task.
 
     Returns (the ViT, its arguments, names of the weights that the checkpoint lacks). Raises
     InputError where the checkpoint is of something else.
     """
-    stage = state.get("stage")
+    stage = state.get("stage") if state is not None else None
+    weights = None
     if stage in ("teacher", "pretrain", "finetune"):
         arguments, weights = vit_arguments(state["model_args"]), trained_weights(state)
     elif stage:
         raise InputError(f"{source}: found a checkpoint of {stage}, "
                          "expected one of teacher, pretrain or finetune")
-    else:
-        weights = foreign_weights(state)
+    elif state is not None:
+        weights = foreign_weights(source, state)
         if "blocks.0.attn.q_bias" in weights and "pos_embed" in weights:
             weights = with_plain_attention(weights)         # BEiT with absolute positions
             arguments = arguments | dict(positions="absolute")
         elif "pos_embed" in weights:
             arguments = arguments | MOCO_V3
     arguments = {key: value for key, value in arguments.items() if key != "codes"} | task
-    if arguments["positions"] == "shared":
+    if arguments.get("positions", "shared") == "shared":
         arguments["positions"] = "block"                    # BEiT; load_backbone fills each block
-    model = VisionTransformer(**arguments)
-    if not weights:
+    if weights is None:
+        model = VisionTransformer(**arguments)
         return model, arguments, list(model.state_dict())
+    with checkpoint.built_from(source):
+        model = VisionTransformer(**arguments)
     try:
         return model, arguments, load_backbone(model, weights)
     except InputError as error:
@@ -179,18 +175,20 @@ def add_arguments(p, also="none: from scratch"):
                             f"finetune.py, a file of BEiT's, timm's or MoCo v3's, a folder of "
                             f"transformers' BEiT, or {also}")
     group.add_argument("--model", choices=SIZES, help="size of the ViT, where --init does not say")
-    group.add_argument("--patch-size", type=int,
+    group.add_argument("--patch-size", type=number(int, at_least=1, at_most=256),
                        help="side of a patch, pixels, where --init does not say")
-    group.add_argument("--layer-scale", type=float,
+    group.add_argument("--layer-scale", type=number(float, at_least=0),
                        help="initial value, where --init does not say; 0: no layer scale")
     group.add_argument("--statistics", choices=STATISTICS, default="half",
                        help="mean and deviation of the inputs, where --init does not say: half "
                             "(0.5, BEiT's of ImageNet-22k) or imagenet (BEiT's of ImageNet-1K)")
-    group.add_argument("--drop-path", type=float,
+    group.add_argument("--drop-path", type=number(float, at_least=0, below=1),
                        help="rate of the last block, rising from 0 at the first")
-    group.add_argument("--betas", type=float, nargs=2, help="AdamW's β₁ and β₂")
-    group.add_argument("--weight-decay", type=float, help="AdamW's weight decay, of matrices")
-    group.add_argument("--layer-decay", type=float,
+    group.add_argument("--betas", type=number(float, at_least=0, below=1), nargs=2,
+                       help="AdamW's β₁ and β₂")
+    group.add_argument("--weight-decay", type=number(float, at_least=0),
+                       help="AdamW's weight decay, of matrices")
+    group.add_argument("--layer-decay", type=number(float, above=0, at_most=1),
                        help="factor of the lr from one block to the one before it")
     group.add_argument("--checkpoint-activations", action="store_true",
                        help="recompute blocks in the backward pass: less memory, one forward "
@@ -198,19 +196,19 @@ def add_arguments(p, also="none: from scratch"):
 
 
 def read(args):
-    """The contents of --init, {} for none. Its digest becomes an argument, compared on resuming."""
-    state = {}
+    """The contents of --init, None for none. Its digest is an argument, compared on resuming."""
+    state = None
     if args.init != "none":
         maker = "finetune.py" if args.eval else "pretrain.py"
         state = read_state(args.init, None, "--init", f"{maker} --recipe {args.recipe}")
-    args.init_digest = state.get("digest")
+    args.init_digest = state.get("digest") if state is not None else None
     return state
 
 
 def begin(args, state, image_size, classes=0):
     """A ViT for a new task from what --init names, by the flags of add_arguments.
 
-    state: the checkpoint's contents; {}: from scratch. Returns as transfer does.
+    state: the checkpoint's contents; None: from scratch. Returns as transfer does.
     """
     arguments = dict(
         SIZES[args.model], patch_size=args.patch_size, layer_scale=args.layer_scale,
@@ -236,12 +234,20 @@ def overruled(args, arguments):
             if arguments | values != arguments]
 
 
-def foreign_weights(state):
+def foreign_weights(source, state):
     """Weights of another project's file: BEiT's, MoCo v3's, DeepSpeed's, or nothing but them."""
     for key in ("model", "state_dict", "module"):
         if isinstance(state.get(key), dict):
-            return bare(state[key])
-    return bare(state)
+            state = state[key]
+            break
+    if not state:
+        raise InputError(f"{source}: no weights in it")
+    try:
+        weights = bare(state)
+        checkpoint.check_weights(weights)
+    except checkpoint.UNFIT as error:
+        raise InputError(f"{source}: {error}") from error
+    return weights
 
 
 def with_plain_attention(weights):
@@ -324,16 +330,14 @@ def perceptual_network(source, recipe="paper"):
     if stage:
         raise InputError(f"--perceptual {source}: a checkpoint of {stage}, "
                          "expected one of teacher or finetune")
-    weights = foreign_weights(state)
+    weights = foreign_weights(f"--perceptual {source}", state)
     network = imitate(source, weights)
     heads = ("head.", "fc.")                             # not used; MoCo v3 has its projector there
     weights = {key: value for key, value in weights.items() if not key.startswith(heads)}
     digest = checkpoint.digest(weights)
     weights |= {key: value for key, value in network.state_dict().items() if key.startswith(heads)}
-    try:
+    with checkpoint.built_from(f"--perceptual {source}"):
         network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"--perceptual {source}: {culprit(error)}") from error
     return network, digest
 
 

@@ -142,7 +142,11 @@ def test_bad_coco_files(folder, capsys):
     def without_area(annotation):
         del annotation["area"]
 
-    for damage in (without_segmentation, of_an_unknown_category, without_area):
+    def with_an_empty_segmentation(annotation):
+        annotation["segmentation"] = []
+
+    for damage in (without_segmentation, with_an_empty_segmentation, of_an_unknown_category,
+                   without_area):
         changed = json.loads(whole)
         damage(changed["annotations"][2])
         file.write_text(json.dumps(changed))
@@ -370,7 +374,7 @@ def test_a_network_without_weights(chain):
     """As tools.plan asks for it."""
     args = detect.get_args([*COMMON, *OWN["detect"], "--checkpoint-activations"])
     state = newest(chain.pretrain)
-    network, model_args = detect.build(args, 10, state | dict(model={}))
+    network, model_args = detect.build(args, 10, state | dict(model=None))
     assert model_args == newest(chain.detect)["model_args"]
     assert network.state_dict().keys() == newest(chain.detect)["model"].keys()
     assert network.backbone.pyramid.vit.checkpoint_activations

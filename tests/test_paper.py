@@ -205,7 +205,8 @@ def small(command):
                          ("--decoder-channels", getattr(args, "decoder_channels", None))):
         if stage == "tokenizer" and widths:
             flags += [flag, *narrow(widths)]
-    return flags
+    unit = "epochs" if hasattr(args, "warmup_epochs") else "steps"
+    return [*flags, f"--warmup-{unit}", "1"]                # of a run of 2 steps
 
 
 def narrow(widths):

@@ -1,5 +1,6 @@
 """python -m tools.plan: what it says is what a step takes."""
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_activations_are_what_the_allocator_holds():
              "--patch-size", "16", "--batch-size", "24"]
     args = finetune.get_args(flags)
     found = plan.estimate(args, 1000)
-    model, _ = finetune.build(args, 1000, {})
+    model, _ = finetune.build(args, 1000, None)
     images = torch.zeros(args.batch_size, 3, args.image_size, args.image_size)
     labels = torch.zeros(len(images), dtype=torch.int64)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -179,7 +180,8 @@ def test_bad_input_is_refused():
 def test_the_network_is_that_of_the_checkpoint():
     big = dict(image_size=32, patch_size=8, dim=128, depth=2, heads=2)
     model_args = dict(big, positions="shared", codes=8)
-    torch.save(dict(stage="pretrain", model_args=model_args, model={}), "big.pt")
+    state = dict(stage="pretrain", step=1, epoch=0, best=None, args={}, optimizer={}, model={})
+    checkpoint.write(Path("big.pt"), state | dict(model_args=model_args))
     found = plan.estimate(arguments("finetune", "--init", "big.pt"), 10)
     own = VisionTransformer(**big, positions="block", classes=10)
     assert found.trained == numbers(own)

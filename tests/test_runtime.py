@@ -92,12 +92,14 @@ def test_batches_that_do_not_divide_are_refused(monkeypatch):
 
 
 def test_number_of_steps():
-    args = Namespace(batch_size=10, epochs=3, steps=None)
+    args = Namespace(batch_size=10, epochs=3, steps=None, accumulate=4)
     assert runtime.total_steps(args, 29) == (2, 6)          # the epoch's last 9 are left out
     args.steps = 5
     assert runtime.total_steps(args, 29) == (2, 5)
-    with pytest.raises(InputError, match="--batch-size 10 .* 9 training images"):
+    with pytest.raises(InputError, match="--batch-size 10 .* 9 training images: try 8"):
         runtime.total_steps(args, 9)
+    with pytest.raises(InputError, match="3 training images: too few for 1 ranks × 4 micro-b"):
+        runtime.total_steps(args, 3)
 
 
 # ------------------------------------------------------------------------------------------------

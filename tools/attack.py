@@ -6,7 +6,6 @@ Clean, and under BIM (Kurakin et al., 1607.02533) and MIM (Dong et al., 1710.060
 changed in 20 steps by at most 2/255 a pixel, so as to raise the loss. One line more in the run's
 log.jsonl.
 """
-import argparse
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +25,14 @@ MIM_DECAY = 1.0                 # μ [MIM]
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p = runtime.Parser("tools.attack", __doc__)
     p.add_argument("run", help="run or checkpoint of finetune.py; its --data is used")
     p.add_argument("--data", help="as in finetune.py; default: the run's")
-    p.add_argument("--images", type=int, help="attack only the first so many validation images")
-    p.add_argument("--batch-size", type=int, default=100, help="images at a time")
-    p.add_argument("--workers", type=int, default=1, help="loader processes")
+    p.add_argument("--images", type=runtime.positive,
+                   help="attack only the first so many validation images")
+    p.add_argument("--batch-size", type=runtime.positive, default=100, help="images at a time")
+    p.add_argument("--workers", type=runtime.number(int, at_least=0, at_most=128), default=1,
+                   help="loader processes")
     args = p.parse_args(argv)
     args.stage, args.accumulate = "attack", 1
     return args

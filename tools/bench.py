@@ -185,7 +185,7 @@ class Bench:
         return row
 
     def finetuning(self):
-        network, _ = finetune.build(FINETUNE, classes=1000, state={})
+        network, _ = finetune.build(FINETUNE, classes=1000, state=None)
         network.to(self.device)
         groups = param_groups(network, FINETUNE.weight_decay, FINETUNE.layer_decay)
         optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
@@ -417,12 +417,13 @@ def peak(name):
 
 def get_args(argv=None):
     gpu = torch.cuda.is_available()
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--batch-size", type=int, default=64 if gpu else 8, help="images of a step")
+    p = runtime.Parser("tools.bench", __doc__,
+                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--batch-size", type=runtime.positive, default=64 if gpu else 8,
+                   help="images of a step")
     p.add_argument("--amp", choices=["fp32", "bf16"], default="bf16" if gpu else "fp32",
                    help="precision")
-    p.add_argument("--repeats", type=int, default=7,
+    p.add_argument("--repeats", type=runtime.number(int, at_least=0), default=7,
                    help="turns; 0: only print the peak memory of the row --only, in GiB")
     p.add_argument("--data", help="ImageFolder of photographs: also the input pipeline and "
                                   "pretrain.py end to end")

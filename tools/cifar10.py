@@ -8,7 +8,6 @@ runs/RECIPE/; what is finished is not run again, what was stopped goes on where 
 seed it writes the figures of what is finished to results/RECIPE.json, and from these RESULTS.md and
 the README's table. So seeds may be run one after another, also on several machines.
 """
-import argparse
 import json
 import os
 import re
@@ -25,6 +24,7 @@ import torch
 
 import finetune
 import pretrain
+import runtime
 import teacher
 import tokenizer
 from model import SIZES
@@ -203,7 +203,7 @@ class Runner:
         if self.failed is None:
             sys.exit("stopped: the same command goes on from here")
         name, status, command = self.failed
-        output = (self.folder / name / "output.txt").read_text().splitlines()
+        output = (self.folder / name / "output.txt").read_text(encoding="utf-8").splitlines()
         print(*output[-10:], sep="\n")
         sys.exit(f"failed with status {status}: {command}")
 
@@ -605,17 +605,18 @@ def write(runner):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                epilog="Flags not known here go to every stage.")
+    p = runtime.Parser("tools.cifar10", __doc__,
+                       epilog="Flags not known here go to every stage.")
     p.add_argument("--recipe", choices=SEARCH,
                    default="cifar" if torch.cuda.is_available() else "cifar-cpu",
                    help="default: by the hardware")
     p.add_argument("--data", default=None if Path(ROOT, "data/cifar10").is_dir() else "cifar10",
                    help="dataset, as the stages' --data; default: the recipe's data/cifar10 where "
                         "it is a folder, else torchvision's download")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="which to run")
+    p.add_argument("--seeds", type=runtime.number(int, at_least=0), nargs="+",
+                   default=[0, 1, 2, 3, 4], help="which to run")
     p.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="which to run")
-    p.add_argument("--jobs", type=int, default=2, help="command lines side by side")
+    p.add_argument("--jobs", type=runtime.positive, default=2, help="command lines side by side")
     p.add_argument("--ablations", action="store_true", help="also the paper's ablations")
     p.add_argument("--report", action="store_true",
                    help="run nothing, only write RESULTS.md and the README's table")

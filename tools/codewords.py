@@ -7,7 +7,6 @@ linear: top-1 of a linear classifier on an image's average-pooled quantized code
 reconstructions: top-1 of a supervised network on the reconstructed validation images; originals: on
 the images themselves. Ours: distance, the perceptual one. One line more in the run's log.jsonl.
 """
-import argparse
 
 import torch
 from torch import nn
@@ -26,7 +25,7 @@ DEIT_TINY = "deit_tiny_patch16_224"     # timm's name of the paper's judge, 72.2
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p = runtime.Parser("tools.codewords", __doc__)
     p.add_argument("tokenizer", help="run or checkpoint of tokenizer.py; its --data is used")
     p.add_argument("--classifier", default=DEIT_TINY,
                    help=f"the judge of reconstructions: a finetune.py run, or {DEIT_TINY} (timm's, "
@@ -35,7 +34,8 @@ def get_args(argv=None):
     p.add_argument("--perceptual", help="as in tokenizer.py; default: the run's")
     p.add_argument("--amp", choices=["auto", "bf16", "fp32"], default="auto",
                    help="as in pretrain.py")
-    p.add_argument("--workers", type=int, default=1, help="loader processes")
+    p.add_argument("--workers", type=runtime.number(int, at_least=0, at_most=128), default=1,
+                   help="loader processes")
     args = p.parse_args(argv)
     args.stage, args.batch_size, args.accumulate = "codewords", 250, 1
     return args

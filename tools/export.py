@@ -9,14 +9,13 @@ image processor resizes and crops as in the run's evaluation. Needs safetensors.
 --init take the folder back.
 A run of teacher.py: checkpoint.pth.tar, the encoder by the names that MoCo v3's own scripts read.
 """
-import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 
 import checkpoint
+import runtime
 from beit import to_beit
 from model import HALF
 from runtime import InputError
@@ -76,8 +75,9 @@ def settings(state):
 def export_teacher(state, folder):
     encoder = {f"module.base_encoder.{key}": value for key, value in state["model"].items()}
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(arch=f"vit_{state['args']['model']}", epoch=state["epoch"],
-                    state_dict=encoder), folder / "checkpoint.pth.tar")
+    contents = dict(arch=f"vit_{state['args']['model']}", epoch=state["epoch"], state_dict=encoder)
+    with open(folder / "checkpoint.pth.tar", "wb") as file:
+        torch.save(contents, file)
 
 
 def export_beit(state, folder):
@@ -87,14 +87,14 @@ def export_beit(state, folder):
     except ImportError:
         raise InputError("safetensors is missing: pip install safetensors") from None
     folder.mkdir(parents=True, exist_ok=True)
-    weights = to_beit(trained_weights(state))
-    save_file(weights, folder / "model.safetensors", metadata=dict(format="pt"))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    weights = to_beit(trained_weights(state))
+    save_file(weights, folder / "model.safetensors", metadata=dict(format="pt"))
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p = runtime.Parser("tools.export", __doc__)
     p.add_argument("run", help="run or checkpoint of teacher.py, pretrain.py or finetune.py")
     p.add_argument("folder", type=Path,
                    help="is made, with config.json, preprocessor_config.json and "
@@ -106,8 +106,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"tools.export: {error}", file=sys.stderr)
-        sys.exit(2)
+    runtime.launch_tool("export", main)

@@ -9,14 +9,13 @@ masked: validation images, masked, with the codes that a pretrain.py run predict
 and with the true codes, decoded. nearer: which of two images is nearer to a reference, by L2 of the
 pixels and by the tokens of a tokenizer.py run.
 """
-import argparse
 import random
-import sys
 
 import torch
 
 import checkpoint
 import data
+import runtime
 from model import block_mask
 from pretrain import masked_rows
 from runtime import InputError
@@ -91,13 +90,13 @@ def distances(run, reference, views):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p = runtime.Parser("tools.figures", __doc__)
     figures = p.add_subparsers(dest="figure", required=True)
     one = figures.add_parser("reconstructions", help="Figure 3")
     one.add_argument("runs", nargs="+", help="tokenizer.py runs, on the same dataset")
     two = figures.add_parser("masked", help="Figures 4 and 5")
     two.add_argument("run", help="pretrain.py run")
-    two.add_argument("--masked", type=int, nargs="+", default=[None],
+    two.add_argument("--masked", type=runtime.positive, nargs="+", default=[None],
                      help="numbers of masked patches, a picture each; default: as in pre-training")
     three = figures.add_parser("nearer", help="Figure 1")
     three.add_argument("run", help="tokenizer.py run")
@@ -117,14 +116,10 @@ def main(argv=None):
     else:
         for name, (one, other) in distances(args.run, args.reference, args.views).items():
             nearer = args.views[0] if one < other else args.views[1]
-            print(f"{name}: {one:.4g} and {other:.4g}, nearer is {nearer}")
+            runtime.say(f"{name}: {one:.4g} and {other:.4g}, nearer is {nearer}")
         return
-    print(args.output)
+    runtime.say(str(args.output))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"tools.figures: {error}", file=sys.stderr)
-        sys.exit(2)
+    runtime.launch_tool("figures", main)

@@ -6,8 +6,6 @@ The first argument is a stage; all flags but --ranks, --gib and --images-per-sec
 Where there is no GPU to ask, --amp auto is counted as bf16. The stage's own builder makes the
 networks, of fake tensors, with shapes but no storage: to ask for ViT-H costs nothing.
 """
-import argparse
-import sys
 from types import SimpleNamespace
 from unittest import mock
 
@@ -90,14 +88,14 @@ def dataset_of(args):
 
 
 def checkpoint_without_weights(path):
-    """What a checkpoint says of its network; {} where it is not there, or not ours."""
+    """What a checkpoint says of its network; None where it is not there, or not ours."""
     try:
         state = weights.read_state(path)
     except runtime.InputError:
-        return {}
+        return None
     if "model_args" not in state:
-        return {}
-    return dict(stage=state["stage"], model_args=state["model_args"], model={})
+        return None
+    return dict(stage=state["stage"], model_args=state["model_args"], model=None)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -131,7 +129,7 @@ def plan_tokenizer(args, classes, state):
 
 
 def plan_pretrain(args, classes, state):
-    codes = VQTokenizer(**state.get("model_args", {})).eval().requires_grad_(False)
+    codes = VQTokenizer(**(state["model_args"] if state else {})).eval().requires_grad_(False)
     model, _, _ = pretrain.build(args, len(codes.quantizer.codebook))
     grid = args.image_size // args.patch_size
     masked = round(args.mask_ratio * grid * grid)
@@ -234,7 +232,7 @@ def that_fits(args, classes, ranks, limit):
     own = args.batch_size // ranks                          # images of a rank in a step
     for accumulate in range(args.accumulate + 1, own + 1):
         if own % accumulate == 0:
-            smaller = argparse.Namespace(**vars(args) | dict(accumulate=accumulate))
+            smaller = SimpleNamespace(**vars(args) | dict(accumulate=accumulate))
             memory = estimate(smaller, classes, ranks).memory
             if memory <= limit:
                 return accumulate, memory
@@ -269,12 +267,13 @@ class Saved:
 
 def get_args(argv=None):
     """Our own arguments, and those of the stage."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p = runtime.Parser("tools.plan", __doc__, allow_abbrev=False)
     p.add_argument("stage", choices=STAGES)
-    p.add_argument("--ranks", type=int, default=1, help="processes, a GPU each")
-    p.add_argument("--gib", type=float,
+    p.add_argument("--ranks", type=runtime.positive, default=1, help="processes, a GPU each")
+    p.add_argument("--gib", type=runtime.number(float, above=0),
                    help=f"memory of a GPU, GiB; by default that of this machine's, else {CARD}")
-    p.add_argument("--images-per-second", type=float, default=1000, help="of all ranks together")
+    p.add_argument("--images-per-second", type=runtime.number(float, above=0), default=1000,
+                   help="of all ranks together")
     own, flags = p.parse_known_args(argv)
     return own, STAGES[own.stage].get_args(flags)
 
@@ -318,8 +317,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except runtime.InputError as error:
-        print(f"tools.plan: {error}", file=sys.stderr)
-        sys.exit(2)
+    runtime.launch_tool("plan", main)

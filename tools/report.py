@@ -6,14 +6,13 @@
 A section for each stage: the curves of its runs over one another, from log.jsonl, the pictures that
 they wrote, what was evaluated, and what their arguments differ in.
 """
-import argparse
 import base64
 import html
 import json
 import math
-import sys
 from pathlib import Path
 
+import runtime
 from runtime import InputError
 
 COLOURS = (                     # of a stage's runs, in their order; to be seen on white and black
@@ -270,23 +269,16 @@ def page(stages):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("runs", nargs="+", help="output folders of any stages, or folders with "
-                                          "several below")
+    p = runtime.Parser("tools.report", __doc__)
+    p.add_argument("runs", nargs="+",
+                   help="output folders of any stages, or folders with several below")
     p.add_argument("--output", type=Path, default=Path("report.html"),
                    help="file to write; default: %(default)s")
     args = p.parse_args(argv)
     text = page(find_runs(args.runs))
-    try:
-        args.output.write_text(text)
-    except OSError as error:
-        raise InputError(f"--output {args.output}: not written ({error.strerror})") from error
-    print(args.output)
+    args.output.write_text(text, encoding="utf-8")
+    runtime.say(str(args.output))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"tools.report: {error}", file=sys.stderr)
-        sys.exit(2)
+    runtime.launch_tool("report", main)
