@@ -218,7 +218,7 @@ def parser(stage, doc):
                         help="micro-batches of a step on each rank; more of them take less memory")
     shared.add_argument("--epochs", type=positive, help="passes over the training set")
     shared.add_argument("--steps", type=positive, help="optimizer steps, in place of --epochs")
-    shared.add_argument("--lr", type=number(float, above=0),
+    shared.add_argument("--lr", type=number(float, at_least=0),
                         help="peak learning rate at the recipe's batch size; "
                              "scaled in proportion to --batch-size")
     shared.add_argument("--seed", type=number(int, at_least=0, at_most=2 ** 63 - 1), default=0,
@@ -251,6 +251,11 @@ def parse(p, recipes, argv=None):
         p.print_help()
         sys.exit(0)
     args = p.parse_args(argv)
+    if args.steps:                                          # total_steps looks at the other runs
+        try:
+            refuse_longer_warmup(given, "--warmup-steps", args.steps, "steps")
+        except InputError as error:
+            p.error(str(error))
     del args.help
     args.lr *= args.batch_size / recipe["batch_size"]
     return args
@@ -333,16 +338,18 @@ def total_steps(args, images):
                          f"images: {remedy}")
     epoch_steps = images // args.batch_size
     steps = args.steps or args.epochs * epoch_steps
-    refuse_longer_warmup(args, "--warmup-epochs", steps, steps / epoch_steps)
-    refuse_longer_warmup(args, "--warmup-steps", steps, steps)
+    if not args.steps:                     # --steps may cut a run short within the recipe's warm-up
+        refuse_longer_warmup(args, "--warmup-epochs", args.epochs, "epochs")
+        refuse_longer_warmup(args, "--warmup-steps", steps, "steps")
     return epoch_steps, steps
 
 
-def refuse_longer_warmup(args, flag, steps, longest):
-    """Refuse a warm-up, in the flag's unit, that would not end before the run does."""
-    warmup = getattr(args, flag[2:].replace("-", "_"), 0)
-    if warmup > longest:
-        raise InputError(f"{flag} {warmup:g}: the run has {steps} steps, so {longest:g} at most")
+def refuse_longer_warmup(args, flag, length, unit):
+    """Refuse a warm-up that would not end before the run does. length: of the run."""
+    warmup = getattr(args, flag[2:].replace("-", "_"), None) or 0
+    if warmup > length:
+        raise InputError(f"{flag} {warmup:g} is longer than the run's {length} {unit}: "
+                         f"take {flag} {length} or less, or train longer")
 
 
 def derive_seed(*numbers):

@@ -44,17 +44,15 @@ COMMON = [
     "--workers", "0",
     "--amp", "fp32",
 ]
-# Whatever is random is on: revived codes, drop path, mixing. No warm-up is longer than a step.
+# Whatever is random is on: revived codes, drop path, mixing.
 OWN = {
     "teacher": [],
-    "tokenizer": ["--warmup-steps", "1", "--codebook-size", "32", "--decay", "0.8",
-                  "--revive", "0.3"],
+    "tokenizer": ["--codebook-size", "32", "--decay", "0.8", "--revive", "0.3"],
     "pretrain": ["--drop-path", "0.1"],
-    "finetune": ["--warmup-epochs", "0.25", "--label-fraction", "1", "--mixup", "0.8",
-                 "--drop-path", "0.1"],
-    "segment": ["--warmup-steps", "1", "--image-size", "32", "--drop-path", "0.1"],
-    "detect": ["--warmup-steps", "1", "--image-size", "32", "--min-size", "24", "--max-size", "32",
-               "--channels", "16", "--boxes", "16", "--drop-path", "0.1"],
+    "finetune": ["--label-fraction", "1", "--mixup", "0.8", "--drop-path", "0.1"],
+    "segment": ["--image-size", "32", "--drop-path", "0.1"],
+    "detect": ["--image-size", "32", "--min-size", "24", "--max-size", "32", "--channels", "16",
+               "--boxes", "16", "--drop-path", "0.1"],
 }
 # What stops a run. A stage catches them for good.
 HANDLERS = {number: signal.getsignal(number) for number in runtime.SIGNALS}

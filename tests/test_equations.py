@@ -344,7 +344,7 @@ def test_eq5_one_step_of_the_loss_against_a_plain_sum():
     run("teacher", "--steps", "1", "--output", "teacher")
     flags = [
         *COMMON, *OWN["tokenizer"], "--perceptual", "teacher", "--perceptual-weight", "0.3",
-        "--commitment-weight", "20", "--decay", "0.999999999", "--revive", "0", "--lr", "1e-30",
+        "--commitment-weight", "20", "--decay", "0.999999999", "--revive", "0", "--lr", "0",
         "--steps", "1", "--accumulate", "2", "--output", "run"]
     tokenizer.main(tokenizer.get_args(flags))
     step = first_step(tokenizer, transform_of_tokenizer, flags)
@@ -431,7 +431,7 @@ def test_eq7_one_step_of_the_loss_against_a_plain_loop():
     """
     run("tokenizer", "--perceptual-weight", "0", "--steps", "1", "--output", "tokenizer")
     flags = [
-        *COMMON, *OWN["pretrain"], "--tokenizer", "tokenizer", "--drop-path", "0", "--lr", "1e-30",
+        *COMMON, *OWN["pretrain"], "--tokenizer", "tokenizer", "--drop-path", "0", "--lr", "0",
         "--steps", "1", "--accumulate", "2", "--output", "run"]
     pretrain.main(pretrain.get_args(flags))
     step = first_step(pretrain, transform_of_pretrain, flags)
