@@ -50,13 +50,14 @@ RECIPES = {
         crop_min=0.2,
         mask_ratio=0.4,
         mask_block=4,
-        model="small",
+        model="tiny",
         drop_path=0.0,
         batch_size=64,
-        epochs=200,
-        lr=5e-4,
+        epochs=40,
+        warmup_epochs=1,
+        lr=1e-3,
         betas=[0.9, 0.98],
-        save_every=10,
+        save_every=5,
     ),
     "cifar": PAPER | dict(      # our choice
         data="data/cifar10",
@@ -95,7 +96,7 @@ RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
     data="synthetic:8000",
     tokenizer="runs/demo/tokenizer",
     augment="image",
-    epochs=6,
+    epochs=5,
     warmup_epochs=0.2,
 )
 

@@ -186,7 +186,7 @@ def form(text):
 def test_use_runs_as_shown(chain, capsys, monkeypatch):
     """Its lines, on the tests' runs: what it prints is that but for the numbers' values."""
     monkeypatch.chdir(chain.root)
-    link = chain.root / "runs" / "demo" / "finetune-pre-trained-0"
+    link = chain.root / "runs" / "demo" / "finetune-peco-0"
     if not link.exists():
         link.symlink_to(chain.finetune)
     example = r"```python\n(.*?)```\nprints\n```\n(.*?)```"

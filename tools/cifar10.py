@@ -586,8 +586,10 @@ def times(jobs):
 
 
 def replace(text, name, new):
-    """A text with `new` between <!-- name --> and the next <!-- end -->."""
+    """A text with `new` between <!-- name --> and the next <!-- end -->, if it has them."""
     found = re.search(f"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", text, re.S)
+    if not found:
+        return text
     return text[:found.end(1)] + new + "\n" + text[found.start(2):]
 
 

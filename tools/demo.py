@@ -2,8 +2,9 @@
 
     python -m tools.demo
 
-Does the same ViT, fine-tuned the same way on few labels, do better after pre-training on perceptual
-codes? Runs the stages' own command lines, which it prints, in one process.
+Does the same ViT, fine-tuned the same way on few labels, do better after pre-training, and better
+on perceptual codes than on pixel codes? Runs the stages' own command lines, which it prints, in one
+process.
 """
 import json
 import statistics
@@ -16,8 +17,13 @@ import runtime
 import teacher
 import tokenizer
 
-SEEDS = (0, 1, 2)
-ARMS = {"from scratch": "none", "pre-trained": "runs/demo/pretrain"}    # name → --init
+FOLDER = "runs/demo"
+SEEDS = (0, 1, 2)                                           # of pre-training and of fine-tuning
+ARMS = {
+    "scratch": "from scratch",
+    "pixel": "pre-trained on pixel codes (λ = 0)",
+    "peco": "pre-trained on PeCo's codes (λ = 1)",
+}
 
 
 class Demo:
@@ -31,44 +37,68 @@ class Demo:
         args = stage.get_args(["--recipe", "demo", *flags])
         print(f"\n$ python {args.stage}.py --recipe demo {' '.join(flags)}".rstrip(), flush=True)
         runtime.launch(stage.main, args)
-        lines = (Path(args.output) / "log.jsonl").read_text().splitlines()
+        lines = (Path(args.output) / "log.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         begun = max(row["time"] for row in rows if "args" in row)       # of this time, if repeated
         self.seconds[args.stage] = self.seconds.get(args.stage, 0.0) + rows[-1]["time"] - begun
         evaluations = [row for row in rows if row.get("split") == "val"]
         return evaluations[-1] if evaluations else None
 
+    def pretrained(self, arm, seed):
+        """Pre-train on an arm's codes; returns the run's folder, that of other stages' --init."""
+        if arm == "scratch":
+            return "none"
+        flags = ["--seed", str(seed)]
+        if arm == "pixel":
+            flags += ["--tokenizer", f"{FOLDER}/tokenizer-pixel"]
+        output = f"{FOLDER}/pretrain"
+        if (arm, seed) != ("peco", 0):
+            output += f"-{arm}-{seed}"
+            flags += ["--output", output]
+        self.run(pretrain, *flags)
+        return output
+
 
 def main():
     demo = Demo()
     demo.run(teacher)
     codes = demo.run(tokenizer)
-    demo.run(pretrain)
-    accuracy = {arm: [] for arm in ARMS}
+    demo.run(tokenizer, "--perceptual-weight", "0", "--output", f"{FOLDER}/tokenizer-pixel")
+    top1 = {arm: [] for arm in ARMS}
     for seed in SEEDS:
-        for arm, init in ARMS.items():
-            output = f"runs/demo/finetune-{arm.replace(' ', '-')}-{seed}"
+        for arm in ARMS:
+            init = demo.pretrained(arm, seed)
+            output = f"{FOLDER}/finetune-{arm}-{seed}"
             row = demo.run(finetune, "--init", init, "--seed", str(seed), "--output", output)
-            accuracy[arm].append(row["top1"])
+            top1[arm].append(row["top1"])
+    print_results(demo, top1, codes, row["images"])
+    if min(top1["pixel"] + top1["peco"]) <= max(top1["scratch"]):
+        sys.exit("pre-training did not win on every seed: please report this output")
 
+
+def print_results(demo, top1, codes, images):
     fraction = finetune.RECIPES["demo"]["label_fraction"]
-    print(f"\nTop-1 on {row['images']} unseen images (chance 10 %), the same ViT fine-tuned the "
-          f"same way on {fraction:.0%} of the labels, {len(SEEDS)} seeds:\n")
-    print("| | mean % | standard deviation | each seed |\n| --- | --- | --- | --- |")
-    for arm, values in accuracy.items():
+    print(f"\nTop-1 on {images} unseen images (chance 10 %), the same ViT fine-tuned the same way "
+          f"on {fraction:.0%} of the labels, {len(SEEDS)} seeds:\n")
+    print("| | mean % | standard error | each seed |\n| --- | --- | --- | --- |")
+    means, errors = {}, {}
+    for arm, values in top1.items():
         each = ", ".join(f"{value:.1f}" for value in values)
-        mean, deviation = statistics.mean(values), statistics.stdev(values)
-        print(f"| {arm} | {mean:.1f} | {deviation:.1f} | {each} |")
+        means[arm] = statistics.mean(values)
+        errors[arm] = statistics.stdev(values) / len(values) ** 0.5
+        print(f"| {ARMS[arm]} | {means[arm]:.1f} | {errors[arm]:.1f} | {each} |")
+    gap = means["peco"] - means["pixel"]
+    error = (errors["peco"] ** 2 + errors["pixel"] ** 2) ** 0.5
+    print(f"\nPeCo's codes over pixel codes: {gap:+.1f} ± {error:.1f} (README, Results)")
     print("\n| stage | seconds |\n| --- | --- |")
     for stage, seconds in demo.seconds.items():
         print(f"| {stage} | {seconds:.0f} |")
     print(f"| all | {sum(demo.seconds.values()):.0f} |")
     print(f"\nThe codebook: {codes['psnr']:.1f} dB, {codes['usage']:.0%} of the codes used. "
           "Pictures:\n"
-          "runs/demo/tokenizer/reconstructions.png (originals over reconstructions)\n"
-          "runs/demo/tokenizer/codes.png (a row of patches for each of the most used codes)")
-    if min(accuracy["pre-trained"]) <= max(accuracy["from scratch"]):
-        sys.exit("pre-training did not win on every seed: please report this output")
+          f"{FOLDER}/tokenizer/reconstructions.png (originals over reconstructions)\n"
+          f"{FOLDER}/tokenizer/codes.png (a row of patches for each of the most used codes)\n"
+          f"{FOLDER}/pretrain/masked.png (images, masked, predicted and true codes decoded)")
 
 
 if __name__ == "__main__":
