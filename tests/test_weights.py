@@ -110,7 +110,7 @@ def test_what_a_checkpoint_overrules_is_named(chain, capsys):
     def said(*flags):
         capsys.readouterr()
         args = finetune.get_args([*COMMON, *chain.inputs["finetune"], *flags])
-        finetune.build(args, 10, {} if args.init == "none" else newest(chain.pretrain))
+        finetune.build(args, 10, None if args.init == "none" else newest(chain.pretrain))
         return capsys.readouterr().out
 
     assert said() == ""

@@ -198,7 +198,7 @@ def estimate(args, classes, ranks=1):
         raise runtime.InputError(f"--batch-size {args.batch_size} does not divide into {ranks} "
                                  f"ranks × {args.accumulate} micro-batches")
     path = getattr(args, READS.get(args.stage, ""), "none")
-    state = {} if path == "none" else checkpoint_without_weights(path)
+    state = None if path == "none" else checkpoint_without_weights(path)
     width = args.image_size
     if args.stage == "detect":
         width = min(args.max_size, round(args.image_size * COCO_ASPECT))
