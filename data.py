@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import folders
 import runtime
 from augment import to_bytes
-from runtime import InputError, derive_seed, number, rank, world_size
+from commandline import number
+from runtime import InputError, derive_seed, rank, world_size
 from scenes import Synthetic, synthetic_number
 from transforms import Joint, to_rgb
 

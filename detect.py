@@ -27,15 +27,17 @@ from torchvision.transforms import v2 as T
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 
 import checkpoint
+import commandline
 import data
 import folders
 import logbook
 import runtime
 import transforms
 import weights
+from commandline import number
 from logbook import Run
 from model import VisionTransformer, ViTPyramid, param_groups
-from runtime import InputError, number
+from runtime import InputError
 from scenes import Scenes, instances, palette, synthetic_number
 
 try:
@@ -88,7 +90,7 @@ PICTURES = 8                    # validation images drawn at each evaluation; ou
 
 
 def get_args(argv=None):
-    p = runtime.parser("detect", __doc__)
+    p = commandline.parser("detect", __doc__)
     p.add_argument("--eval", action="store_true", help="only evaluate --init")
     p.add_argument("--min-size", type=number(int, at_least=1, at_most=8192),
                    help="smallest shorter side in training, pixels: it is drawn from there to "
@@ -104,7 +106,7 @@ def get_args(argv=None):
     weights.add_arguments(p, also="none: from scratch; with --eval: a run of detect.py")
     layout = "synthetic[:IMAGES], or a folder in COCO's layout: train2017/, val2017/, annotations/"
     data.add_arguments(p, layout=layout, augment=False)
-    return runtime.parse(p, RECIPES, argv)
+    return commandline.parse(p, RECIPES, argv)
 
 
 # ------------------------------------------------------------------------------------------------

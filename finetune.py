@@ -13,14 +13,15 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2 as T
 
+import commandline
 import data
 import logbook
 import runtime
 import transforms
 import weights
+from commandline import number
 from logbook import Run
 from model import param_groups
-from runtime import number
 
 PAPER = dict(
     data="data/imagenet",       # ImageNet-1K [PeCo]
@@ -116,7 +117,7 @@ HOLDOUT_SEED = 1_000_000        # one split for every --seed, and not that of th
 
 
 def get_args(argv=None):
-    p = runtime.parser("finetune", __doc__)
+    p = commandline.parser("finetune", __doc__)
     p.add_argument("--eval", action="store_true", help="only evaluate --init, a fine-tuned model")
     p.add_argument("--probe", choices=["linear", "knn"],
                    help="only classify the frozen features of --init")
@@ -145,7 +146,7 @@ def get_args(argv=None):
                    help="centre crop in evaluation, share of the side")
     weights.add_arguments(p)
     data.add_arguments(p)
-    return runtime.parse(p, RECIPES, argv)
+    return commandline.parse(p, RECIPES, argv)
 
 
 def build(args, classes, state):

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
+import commandline
 import data
 import runtime
 import transforms
+from commandline import number
 from logbook import Run
 from model import SIZES, MaskedAutoencoder, VisionTransformer, block_mask, param_groups, random_mask
-from runtime import number
 from weights import restore
 
 PAPER = dict(
@@ -96,13 +97,14 @@ RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
     data="synthetic:8000",
     tokenizer="runs/demo/tokenizer",
     augment="image",
-    epochs=5,
+    epochs=6,
     warmup_epochs=0.2,
+    save_every=6,
 )
 
 
 def get_args(argv=None):
-    p = runtime.parser("pretrain", __doc__)
+    p = commandline.parser("pretrain", __doc__)
     p.add_argument("--tokenizer", help="run or checkpoint of tokenizer.py")
     p.add_argument("--model", choices=SIZES, help="size of the ViT")
     p.add_argument("--patch-size", type=number(int, at_least=1, at_most=256),
@@ -130,7 +132,7 @@ def get_args(argv=None):
     p.add_argument("--checkpoint-activations", action="store_true",
                    help="recompute blocks in the backward pass: less memory, a forward pass more")
     data.add_arguments(p, layout=data.ANY_LAYOUT)
-    return runtime.parse(p, RECIPES, argv)
+    return commandline.parse(p, RECIPES, argv)
 
 
 class AugmentAndMask:

@@ -20,15 +20,17 @@ from torchvision.transforms import v2 as T
 from torchvision.utils import draw_segmentation_masks, save_image
 
 import checkpoint
+import commandline
 import data
 import folders
 import logbook
 import runtime
 import transforms
 import weights
+from commandline import number
 from logbook import Run
 from model import VisionTransformer, ViTPyramid, param_groups
-from runtime import InputError, number
+from runtime import InputError
 from scenes import Scenes, palette, synthetic_number
 
 PAPER = dict(
@@ -72,7 +74,7 @@ PICTURES = 8                    # validation images drawn at each evaluation; ou
 
 
 def get_args(argv=None):
-    p = runtime.parser("segment", __doc__)
+    p = commandline.parser("segment", __doc__)
     p.add_argument("--eval", action="store_true", help="only evaluate --init")
     p.add_argument("--classes", type=number(int, at_least=1, at_most=10_000),
                    help="number of classes of a folder; 0 is ignored")
@@ -83,7 +85,7 @@ def get_args(argv=None):
     weights.add_arguments(p, also="none: from scratch; with --eval: a run of segment.py")
     layout = "synthetic[:IMAGES], or a folder in ADE20K's layout: images/ and annotations/"
     data.add_arguments(p, layout=layout, augment=False)
-    return runtime.parse(p, RECIPES, argv)
+    return commandline.parse(p, RECIPES, argv)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+import commandline
 import data
 import runtime
 import transforms
+from commandline import number
 from logbook import Run
 from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, VisionTransformer
-from runtime import number
 
 PAPER = dict(
     data="data/imagenet",       # ImageNet-1K [PeCo]
@@ -92,7 +93,7 @@ RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
 
 
 def get_args(argv=None):
-    p = runtime.parser("teacher", __doc__)
+    p = commandline.parser("teacher", __doc__)
     p.add_argument("--model", choices=SIZES, help="size of the ViT")
     p.add_argument("--patch-size", type=number(int, at_least=1, at_most=256),
                    help="side of a patch, pixels")
@@ -112,7 +113,7 @@ def get_args(argv=None):
     p.add_argument("--checkpoint-activations", action="store_true",
                    help="recompute blocks in the backward pass: less memory, a forward pass more")
     data.add_arguments(p, layout=data.ANY_LAYOUT)
-    return runtime.parse(p, RECIPES, argv)
+    return commandline.parse(p, RECIPES, argv)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.utils import make_grid, save_image
 
+import commandline
 import data
 import runtime
 import transforms
 from codebook import PerceptualLoss, VQTokenizer
+from commandline import number
 from logbook import Run
 from model import SIZES
-from runtime import number
 from weights import perceptual_network
 
 PAPER = dict(
@@ -101,14 +102,19 @@ RECIPES = {
 RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
     data="synthetic:8000",
     augment="image",
+    vit=None,                   # on these scenes a ViT's codes taught the student next to nothing
+    channels=[16, 32, 32, 64],
+    decoder_blocks=None,
     decay=0.9,
     perceptual="runs/demo/teacher",
+    epochs=1,
     warmup_steps=10,
+    save_every=1,
 )
 
 
 def get_args(argv=None):
-    p = runtime.parser("tokenizer", __doc__)
+    p = commandline.parser("tokenizer", __doc__)
     p.add_argument("--channels", type=number(int, at_least=16, at_most=8192), nargs="+",
                    help="widths from the image's resolution down; each next one has half the "
                         "resolution, so the stride of the codes is 2^(number − 1) pixels")
@@ -149,7 +155,7 @@ def get_args(argv=None):
     p.add_argument("--eval-crop", type=number(float, at_least=0.1, at_most=1),
                    help="centre crop in evaluation, share of the side")
     data.add_arguments(p, layout=data.ANY_LAYOUT)
-    return runtime.parse(p, RECIPES, argv)
+    return commandline.parse(p, RECIPES, argv)
 
 
 class PatchDiscriminator(nn.Sequential):

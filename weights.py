@@ -13,6 +13,7 @@ import beit
 import checkpoint
 import transforms
 from codebook import VQTokenizer
+from commandline import number
 from model import (
     HALF,
     IMAGENET_MEAN,
@@ -22,7 +23,7 @@ from model import (
     resize_bias_table,
     resize_positions,
 )
-from runtime import InputError, number, rank, say
+from runtime import InputError, rank, say
 
 # MoCo v3's ViT-B of 300 epochs (the 100-epoch one, which PeCo uses, was never published) and its
 # ResNet-50; torchvision's supervised networks.

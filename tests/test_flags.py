@@ -12,8 +12,9 @@ from test_stages import fails, newest
 
 import checkpoint
 import runtime
+from commandline import number
 from logbook import Run
-from runtime import InputError, number
+from runtime import InputError
 from tools import attack, bench, cifar10, codewords, export, figures, plan, report
 
 # ------------------------------------------------------------------------------------------------

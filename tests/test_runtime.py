@@ -7,6 +7,7 @@ from argparse import Namespace
 
 import pytest
 
+import commandline
 import runtime
 from runtime import InputError
 
@@ -21,9 +22,9 @@ RECIPES = {
 
 
 def parse(*flags):
-    p = runtime.parser("teacher", "A stage.\n\nMore.")
+    p = commandline.parser("teacher", "A stage.\n\nMore.")
     p.add_argument("--image-size", type=int, help="side of the images, pixels")
-    return runtime.parse(p, RECIPES, flags)
+    return commandline.parse(p, RECIPES, flags)
 
 
 def test_flags_win_over_the_recipe():

@@ -30,7 +30,8 @@ from logbook import Run
 
 FLAGS_WITHOUT_DEFAULT = {"steps", "epochs", "perceptual_layers", "decoder_channels",
                          "decoder_blocks", "vit", "probe", "probe_layer"}
-LIBRARY = ("runtime.py", "logbook.py", "weights.py", "data.py")  # read the shared flags
+# Read the shared flags.
+LIBRARY = ("commandline.py", "runtime.py", "logbook.py", "weights.py", "data.py")
 
 
 def log(folder, split=None):
@@ -812,7 +813,7 @@ def test_an_unreadable_image_ends_a_real_process(folder):
     assert errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("ratio", ["0.01", "0.99"])      # runtime.number refuses 0 and 1
+@pytest.mark.parametrize("ratio", ["0.01", "0.99"])      # commandline.number refuses 0 and 1
 def test_a_share_of_masked_patches_that_leaves_nothing_to_learn(ratio, chain, capsys):
     message = fails(capsys, "pretrain", *chain.inputs["pretrain"], "--mask-ratio", ratio)
     assert f"--mask-ratio {float(ratio)}: it masks" in message

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
+import commandline
 import data
 import logbook
 import runtime
@@ -25,13 +26,13 @@ MIM_DECAY = 1.0                 # μ [MIM]
 
 
 def get_args(argv=None):
-    p = runtime.Parser("tools.attack", __doc__)
+    p = commandline.Parser("tools.attack", __doc__)
     p.add_argument("run", help="run or checkpoint of finetune.py; its --data is used")
     p.add_argument("--data", help="as in finetune.py; default: the run's")
-    p.add_argument("--images", type=runtime.positive,
+    p.add_argument("--images", type=commandline.positive,
                    help="attack only the first so many validation images")
-    p.add_argument("--batch-size", type=runtime.positive, default=100, help="images at a time")
-    p.add_argument("--workers", type=runtime.number(int, at_least=0, at_most=128), default=1,
+    p.add_argument("--batch-size", type=commandline.positive, default=100, help="images at a time")
+    p.add_argument("--workers", type=commandline.number(int, at_least=0, at_most=128), default=1,
                    help="loader processes")
     args = p.parse_args(argv)
     args.stage, args.accumulate = "attack", 1

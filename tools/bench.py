@@ -33,6 +33,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
+import commandline
 import data
 import finetune
 import pretrain
@@ -417,13 +418,13 @@ def peak(name):
 
 def get_args(argv=None):
     gpu = torch.cuda.is_available()
-    p = runtime.Parser("tools.bench", __doc__,
+    p = commandline.Parser("tools.bench", __doc__,
                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--batch-size", type=runtime.positive, default=64 if gpu else 8,
+    p.add_argument("--batch-size", type=commandline.positive, default=64 if gpu else 8,
                    help="images of a step")
     p.add_argument("--amp", choices=["fp32", "bf16"], default="bf16" if gpu else "fp32",
                    help="precision")
-    p.add_argument("--repeats", type=runtime.number(int, at_least=0), default=7,
+    p.add_argument("--repeats", type=commandline.number(int, at_least=0), default=7,
                    help="turns; 0: only print the peak memory of the row --only, in GiB")
     p.add_argument("--data", help="ImageFolder of photographs: also the input pipeline and "
                                   "pretrain.py end to end")

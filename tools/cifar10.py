@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
+import commandline
 import finetune
 import pretrain
-import runtime
 import teacher
 import tokenizer
 from model import SIZES
@@ -607,7 +607,7 @@ def write(runner):
 
 
 def main(argv=None):
-    p = runtime.Parser("tools.cifar10", __doc__,
+    p = commandline.Parser("tools.cifar10", __doc__,
                        epilog="Flags not known here go to every stage.")
     p.add_argument("--recipe", choices=SEARCH,
                    default="cifar" if torch.cuda.is_available() else "cifar-cpu",
@@ -615,10 +615,11 @@ def main(argv=None):
     p.add_argument("--data", default=None if Path(ROOT, "data/cifar10").is_dir() else "cifar10",
                    help="dataset, as the stages' --data; default: the recipe's data/cifar10 where "
                         "it is a folder, else torchvision's download")
-    p.add_argument("--seeds", type=runtime.number(int, at_least=0), nargs="+",
+    p.add_argument("--seeds", type=commandline.number(int, at_least=0), nargs="+",
                    default=[0, 1, 2, 3, 4], help="which to run")
     p.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="which to run")
-    p.add_argument("--jobs", type=runtime.positive, default=2, help="command lines side by side")
+    p.add_argument("--jobs", type=commandline.positive, default=2,
+                   help="command lines side by side")
     p.add_argument("--ablations", action="store_true", help="also the paper's ablations")
     p.add_argument("--report", action="store_true",
                    help="run nothing, only write RESULTS.md and the README's table")

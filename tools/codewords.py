@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import checkpoint
+import commandline
 import data
 import finetune
 import logbook
@@ -25,7 +26,7 @@ DEIT_TINY = "deit_tiny_patch16_224"     # timm's name of the paper's judge, 72.2
 
 
 def get_args(argv=None):
-    p = runtime.Parser("tools.codewords", __doc__)
+    p = commandline.Parser("tools.codewords", __doc__)
     p.add_argument("tokenizer", help="run or checkpoint of tokenizer.py; its --data is used")
     p.add_argument("--classifier", default=DEIT_TINY,
                    help=f"the judge of reconstructions: a finetune.py run, or {DEIT_TINY} (timm's, "
@@ -34,7 +35,7 @@ def get_args(argv=None):
     p.add_argument("--perceptual", help="as in tokenizer.py; default: the run's")
     p.add_argument("--amp", choices=["auto", "bf16", "fp32"], default="auto",
                    help="as in pretrain.py")
-    p.add_argument("--workers", type=runtime.number(int, at_least=0, at_most=128), default=1,
+    p.add_argument("--workers", type=commandline.number(int, at_least=0, at_most=128), default=1,
                    help="loader processes")
     args = p.parse_args(argv)
     args.stage, args.batch_size, args.accumulate = "codewords", 250, 1

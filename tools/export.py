@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import commandline
 import runtime
 from beit import to_beit
 from model import HALF
@@ -94,7 +95,7 @@ def export_beit(state, folder):
 
 
 def main(argv=None):
-    p = runtime.Parser("tools.export", __doc__)
+    p = commandline.Parser("tools.export", __doc__)
     p.add_argument("run", help="run or checkpoint of teacher.py, pretrain.py or finetune.py")
     p.add_argument("folder", type=Path,
                    help="is made, with config.json, preprocessor_config.json and "

@@ -14,6 +14,7 @@ import random
 import torch
 
 import checkpoint
+import commandline
 import data
 import runtime
 from model import block_mask
@@ -90,13 +91,13 @@ def distances(run, reference, views):
 
 
 def main(argv=None):
-    p = runtime.Parser("tools.figures", __doc__)
+    p = commandline.Parser("tools.figures", __doc__)
     figures = p.add_subparsers(dest="figure", required=True)
     one = figures.add_parser("reconstructions", help="Figure 3")
     one.add_argument("runs", nargs="+", help="tokenizer.py runs, on the same dataset")
     two = figures.add_parser("masked", help="Figures 4 and 5")
     two.add_argument("run", help="pretrain.py run")
-    two.add_argument("--masked", type=runtime.positive, nargs="+", default=[None],
+    two.add_argument("--masked", type=commandline.positive, nargs="+", default=[None],
                      help="numbers of masked patches, a picture each; default: as in pre-training")
     three = figures.add_parser("nearer", help="Figure 1")
     three.add_argument("run", help="tokenizer.py run")

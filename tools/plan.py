@@ -19,6 +19,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+import commandline
 import data
 import detect
 import finetune
@@ -267,12 +268,12 @@ class Saved:
 
 def get_args(argv=None):
     """Our own arguments, and those of the stage."""
-    p = runtime.Parser("tools.plan", __doc__, allow_abbrev=False)
+    p = commandline.Parser("tools.plan", __doc__, allow_abbrev=False)
     p.add_argument("stage", choices=STAGES)
-    p.add_argument("--ranks", type=runtime.positive, default=1, help="processes, a GPU each")
-    p.add_argument("--gib", type=runtime.number(float, above=0),
+    p.add_argument("--ranks", type=commandline.positive, default=1, help="processes, a GPU each")
+    p.add_argument("--gib", type=commandline.number(float, above=0),
                    help=f"memory of a GPU, GiB; by default that of this machine's, else {CARD}")
-    p.add_argument("--images-per-second", type=runtime.number(float, above=0), default=1000,
+    p.add_argument("--images-per-second", type=commandline.number(float, above=0), default=1000,
                    help="of all ranks together")
     own, flags = p.parse_known_args(argv)
     return own, STAGES[own.stage].get_args(flags)

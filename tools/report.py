@@ -12,6 +12,7 @@ import json
 import math
 from pathlib import Path
 
+import commandline
 import runtime
 from runtime import InputError
 
@@ -269,7 +270,7 @@ def page(stages):
 
 
 def main(argv=None):
-    p = runtime.Parser("tools.report", __doc__)
+    p = commandline.Parser("tools.report", __doc__)
     p.add_argument("runs", nargs="+",
                    help="output folders of any stages, or folders with several below")
     p.add_argument("--output", type=Path, default=Path("report.html"),
