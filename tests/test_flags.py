@@ -11,6 +11,7 @@ from conftest import COMMON, OWN, ROOT, STAGES, run
 from test_stages import fails, newest
 
 import checkpoint
+import commandline
 import runtime
 from commandline import number
 from logbook import Run
@@ -36,7 +37,7 @@ def numeric_flags(stage, monkeypatch):
     """{flag: how many values it takes}, of all flags that are not words of their own."""
     kept = []
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "parse", lambda p, *_: kept.append(p))
+        patch.setattr(commandline, "parse", lambda p, *_: kept.append(p))
         STAGES[stage].get_args([])
     counts = {}
     for action in kept[0]._actions:

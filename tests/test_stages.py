@@ -19,6 +19,7 @@ from PIL import Image
 from test_data import make_folder
 
 import checkpoint
+import commandline
 import data
 import finetune
 import model
@@ -57,7 +58,7 @@ def weights(state):
 def parsers(monkeypatch):
     """Each stage's parser, before it parses."""
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "parse", lambda p, recipes, argv: p)
+        patch.setattr(commandline, "parse", lambda p, recipes, argv: p)
         return {name: module.get_args([]) for name, module in STAGES.items()}
 
 
