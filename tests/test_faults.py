@@ -764,6 +764,8 @@ def test_ctrl_c_in_a_pipe_to_tee(chain):
     environment = os.environ | ENVIRONMENT
     pid, terminal = pty.fork()
     if pid == 0:
+        for one in (signal.SIGINT, signal.SIGHUP):          # ignored where the tests run behind "&"
+            signal.signal(one, signal.SIG_DFL)
         os.execvpe("bash", ["bash", "-c", script], environment)
     try:
         wait_for(lambda: Path("output.txt").exists() and "\nstep 2/" in printed())

@@ -91,7 +91,7 @@ def test_paper_map_points_at_code():
 @pytest.mark.parametrize("doc", DOCS)
 def test_flags_exist(doc):
     sources = [ROOT / f"{stage}.py" for stage in STAGES]
-    sources += [ROOT / name for name in ("runtime.py", "data.py", "weights.py")]
+    sources += [ROOT / name for name in ("commandline.py", "data.py", "weights.py")]
     sources += (ROOT / "tools").glob("*.py")
     known = "".join(path.read_text() for path in sources)
     flags = set(re.findall(r"--[a-z][a-z-]+", DOCS[doc])) - TORCHRUN

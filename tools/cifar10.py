@@ -416,7 +416,7 @@ def arms_table(recipe, jobs):
                 cells.append(NOT_RUN if top1 is None else f"{top1:.1f}")
             else:
                 cells.append("")
-        cells.append(str(len(of_seeds(jobs, f"finetune-{arm}", "top1"))))
+        cells.append(str(max(len(of_seeds(jobs, f"{kind}-{arm}", "top1")) for kind in KINDS)))
         rows.append(cells)
     return table(["pre-training", *KINDS.values(), "seeds"], rows)
 
