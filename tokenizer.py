@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torchvision.utils import make_grid, save_image
 
 import commandline
 import data
@@ -251,21 +250,17 @@ def draw(images, x_hat, codes, folder, rows=16, columns=16):
     reconstructions.png: the first images over their reconstructions. codes.png: a row of patches
     for each of the most used codes.
     """
-    pairs = torch.cat([images[:8], x_hat[:8].clamp(-1, 1)])
-    draw_grid(pairs, min(8, len(images)), folder / "reconstructions.png")
+    transforms.save_rows([images[:8], x_hat[:8]], folder / "reconstructions.png")
     s = images.shape[2] // codes.shape[1]                   # side of a patch, pixels
     patches = images.unfold(2, s, s).unfold(3, s, s)                            # (B, 3, h, w, s, s)
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)                   # (R, 3, s, s)
     codes = codes.flatten()
-    cells = []
+    sheet = []
     for code in torch.bincount(codes).argsort(descending=True)[:rows]:
         own = patches[codes == code][:columns]
-        cells += [own, torch.ones_like(patches[:1]).repeat(columns - len(own), 1, 1, 1)]
-    draw_grid(torch.cat(cells), columns, folder / "codes.png")
-
-
-def draw_grid(images, columns, path):
-    save_image(make_grid(images, columns, pad_value=1.0), path, normalize=True, value_range=(-1, 1))
+        white = torch.ones_like(patches[:1]).repeat(columns - len(own), 1, 1, 1)
+        sheet.append(torch.cat([own, white]))
+    transforms.save_rows(sheet, folder / "codes.png")
 
 
 # ------------------------------------------------------------------------------------------------
