@@ -294,6 +294,22 @@ def test_a_failure_ends_the_rest_and_says_why(capsys):
     assert finished == dict(bad=False, slow=False)
 
 
+def test_jobs_wait_for_those_whose_folders_they_name():
+    """In whatever order they are named; the others need not wait."""
+    script("tokens.py",
+           "while not pathlib.Path('order').exists():",
+           "    time.sleep(0.1)",
+           "open('order', 'a').write('tokens ')")
+    script("student.py", "open('order', 'a').write('student ')")
+    script("other.py", "open('order', 'a').write('other ')")
+    cifar10.Runner("cifar", 2).run({
+        "pretrain": ("student.py", "--tokenizer {folder}/tokenizer"),
+        "tokenizer": ("tokens.py", ""),
+        "scratch": ("other.py", "--init {folder}/of-an-earlier-sitting"),
+    })
+    assert Path("order").read_text() == "other tokens student "
+
+
 def test_sigterm_reaches_the_stages():
     script("stage.py",
            "def save(*_):",

@@ -4,9 +4,9 @@
     python -m tools.cifar10 --ablations     # the paper's ablations too
 
 Only the target of pre-training differs. Runs the stages by the command lines that it prints, into
-runs/RECIPE/; what is finished is not run again, what was stopped goes on where it was. After each
-seed it writes the figures of what is finished to results/RECIPE.json, and from these RESULTS.md and
-the README's table. So seeds may be run one after another, also on several machines.
+runs/RECIPE/; what is finished is not run again, what was stopped goes on where it was. At its end,
+and when stopped, it writes the figures of what is finished to results/RECIPE.json, and from these
+RESULTS.md and the README's table. So seeds may be run one after another, also on several machines.
 """
 import json
 import os
@@ -70,6 +70,7 @@ KINDS = {                       # jobs that evaluate an arm → column of the ma
     "linear": "linear probe",
     "knn": "kNN",
 }
+JUDGE = "scratch-long"          # whose classifier judges reconstructions: no perceptual network
 ATTACKED = 1000                 # test images that are attacked; our choice
 CHANCE = 10.0                   # % of ten classes
 NOT_RUN = "*not run*"
@@ -155,22 +156,33 @@ class Runner:
         return ["python", script, *own, *flags.split(), *self.extra, *self.data]
 
     def run(self, jobs):
-        """Run {name: (script, flags)}, in any order, those that are not finished."""
-        todo = []
+        """Run those of {name: (script, flags)} that are not finished, in this order.
+
+        A job whose command names the folders of others waits for these.
+        """
+        waiting = {}
         for name, (script, flags) in jobs.items():
             command = self.command(name, script, flags)
             job = self.job(name)
             if not job["finished"] or job["command"] != shlex.join(command):
-                todo.append((name, command))
-        threads = max(1, (os.cpu_count() or 1) // max(1, min(self.jobs, len(todo))))
-        while todo or self.running:
-            while todo and len(self.running) < self.jobs and not self.stopped:
-                self.start(*todo.pop(0), threads)
+                waiting[name] = command
+        threads = max(1, (os.cpu_count() or 1) // max(1, min(self.jobs, len(waiting))))
+        while waiting or self.running:
+            for name in self.ready(waiting):
+                if len(self.running) < self.jobs and not self.stopped:
+                    self.start(name, waiting.pop(name), threads)
             time.sleep(0.2)
             for name in list(self.running):
                 self.look_after(name)
             if self.stopped and not self.running:
                 self.end()
+
+    def ready(self, waiting):
+        """Names of the waiting whose commands name no folder of another unfinished job."""
+        unfinished = waiting.keys() | self.running.keys()
+        named = {name: {Path(word).name for word in command if word.startswith(f"{self.folder}/")}
+                 for name, command in waiting.items()}
+        return [name for name in waiting if named[name] & unfinished <= {name}]
 
     def start(self, name, command, threads):
         print(f"{time.strftime('%H:%M:%S')}  {shlex.join(command)}", flush=True)
@@ -267,24 +279,23 @@ def search(figures, recipe):
 
 
 def chain(runner, arms, seed, best):
-    """Three levels of jobs {name: (script, flags)}: tokenizers, pre-training, evaluation.
+    """Jobs of a seed, {name: (script, flags)}: tokenizers, pre-training, evaluation.
 
     best: (lr, drop path) of training from scratch.
     """
-    tokenizers, pretraining, evaluation = {}, {}, {}
+    tokenizers, pretraining, evaluation, judged = {}, {}, {}, {}
     for arm in arms:
         if arm in TOKENIZERS:
             run = f"tokenizer-{arm}-{seed}"
             tokenizers[run] = ("tokenizer.py", f"{TOKENIZERS[arm]} --seed {seed}")
             pretraining[f"pretrain-{arm}-{seed}"] = pretrain_on(run, seed)
-            evaluation[f"codewords-{run}"] = codewords(run, seed)
+            judged[f"codewords-{run}"] = codewords(run, seed)
+            evaluation |= evaluations(runner.recipe, JUDGE, seed, best)
         evaluation |= evaluations(runner.recipe, arm, seed, best)
         if seed == 0 and arm != "scratch":
             flags = f"{{folder}}/finetune-{arm}-0 --images {ATTACKED}"
-            evaluation[f"attack-finetune-{arm}-0"] = ("tools.attack", flags)
-    judged = {name: job for name, job in evaluation.items() if name.startswith(("code", "attack"))}
-    rest = {name: job for name, job in evaluation.items() if name not in judged}
-    return [tokenizers, pretraining, rest, judged]
+            judged[f"attack-finetune-{arm}-0"] = ("tools.attack", flags)
+    return tokenizers | pretraining | evaluation | judged
 
 
 def pretrain_on(run, seed):
@@ -292,9 +303,8 @@ def pretrain_on(run, seed):
 
 
 def codewords(run, seed):
-    """The judge of reconstructions is no perceptual network: the longer training from scratch."""
     return "tools.codewords", (f"{{folder}}/{run} --perceptual {{folder}}/teacher "
-                               f"--classifier {{folder}}/finetune-scratch-long-{seed}")
+                               f"--classifier {{folder}}/finetune-{JUDGE}-{seed}")
 
 
 def evaluations(recipe, arm, seed, best):
@@ -320,15 +330,15 @@ def run_seeds(runner, arms, seeds):
     runner.run(networks(runner))
     scores = search(collect(runner), runner.recipe)
     best = max(scores, key=scores.get)
+    jobs = {}
     for seed in seeds:
-        for jobs in chain(runner, arms, seed, best):
-            runner.run(jobs)
-        write(runner)
+        jobs |= chain(runner, arms, seed, best)
+    runner.run(jobs)
 
 
 def run_ablations(runner):
     """A tokenizer, its codewords, one pre-training and one fine-tuning for each entry."""
-    levels = [{}, {}, {}]
+    jobs = {}
     for entries in ablations(runner.recipe).values():
         for name, flags, pretrain_flags in entries.values():
             own = flags is not None
@@ -337,16 +347,14 @@ def run_ablations(runner):
             run = f"tokenizer-{name}-0" if own else "tokenizer-peco-0"
             if own:
                 flags = f"--perceptual {{folder}}/teacher {flags}"
-                levels[0][run] = ("tokenizer.py", flags)
-                levels[1][f"codewords-{run}"] = codewords(run, 0)
+                jobs[run] = ("tokenizer.py", flags)
+                jobs[f"codewords-{run}"] = codewords(run, 0)
             script, flags = pretrain_on(run, 0)
-            levels[1][f"pretrain-{name}-0"] = (script, f"{flags} {pretrain_flags}")
+            jobs[f"pretrain-{name}-0"] = (script, f"{flags} {pretrain_flags}")
             init = f"--init {{folder}}/pretrain-{name}-0"
-            levels[2][f"finetune-{name}-0"] = ("finetune.py", init)
-            levels[2][f"linear-{name}-0"] = ("finetune.py", f"{init} --probe linear")
-    for jobs in levels:
-        runner.run(jobs)
-    write(runner)
+            jobs[f"finetune-{name}-0"] = ("finetune.py", init)
+            jobs[f"linear-{name}-0"] = ("finetune.py", f"{init} --probe linear")
+    runner.run(jobs)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -630,9 +638,12 @@ def main(argv=None):
         return write(runner)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, runner.stop)
-    run_seeds(runner, args.arms, args.seeds)
-    if args.ablations:
-        run_ablations(runner)
+    try:
+        run_seeds(runner, args.arms, args.seeds)
+        if args.ablations:
+            run_ablations(runner)
+    finally:
+        write(runner)
 
 
 if __name__ == "__main__":
