@@ -61,7 +61,7 @@ FEW_LABELS = {                  # job → flags of finetune.py; our choice of le
 }
 SEARCH = {                      # (lr, drop path) tried for training from scratch
     "cifar": [(1e-3, 0.0), (1e-3, 0.1), (2e-3, 0.0), (2e-3, 0.1)],
-    "cifar-cpu": [(1.5e-3, 0.0), (3e-3, 0.0), (6e-3, 0.0)],
+    "cifar-cpu": [(1.5e-3, 0.0), (3e-3, 0.0), (6e-3, 0.0), (1.2e-2, 0.0)],
 }
 KINDS = {                       # jobs that evaluate an arm → column of the main table
     "finetune": "all labels",
