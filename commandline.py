@@ -34,7 +34,12 @@ def number(kind, above=-math.inf, at_least=-math.inf, below=math.inf, at_most=LA
     return parse
 
 
+# Kinds of numbers that many flags are.
+count = number(int, at_least=0)
 positive = number(int, at_least=1)
+amount = number(float, at_least=0)
+rate = number(float, at_least=0, below=1)
+share = number(float, at_least=0, at_most=1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,8 +94,7 @@ def parser(stage, doc):
                         help="micro-batches of a step on each rank; more of them take less memory")
     shared.add_argument("--epochs", type=positive, help="passes over the training set")
     shared.add_argument("--steps", type=positive, help="optimizer steps, in place of --epochs")
-    shared.add_argument("--lr", type=number(float, at_least=0),
-                        help="peak learning rate at the recipe's batch size; "
+    shared.add_argument("--lr", type=amount, help="peak learning rate at the recipe's batch size; "
                              "scaled in proportion to --batch-size")
     shared.add_argument("--seed", type=number(int, at_least=0, at_most=2 ** 63 - 1), default=0,
                         help="seed of weights, sample order, augmentation and masks")

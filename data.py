@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import folders
 import runtime
 from augment import to_bytes
-from commandline import number
+from commandline import count, number
 from runtime import InputError, derive_seed, rank, world_size
 from scenes import Synthetic, synthetic_number
 from transforms import Joint, to_rgb
@@ -44,7 +44,7 @@ def add_arguments(p, layout=LAYOUT, augment=True):
     group.add_argument("--workers", type=number(int, at_least=0, at_most=128),
                        default=min(8, (os.cpu_count() or 2) - 1),
                        help="loader processes of each rank")
-    group.add_argument("--skip-bad-images", type=number(int, at_least=0), default=0,
+    group.add_argument("--skip-bad-images", type=count, default=0,
                        help="training images that cannot be read and are replaced by others, on "
                             "each rank; one more ends the run")
 

@@ -34,7 +34,7 @@ import logbook
 import runtime
 import transforms
 import weights
-from commandline import number
+from commandline import count, number
 from logbook import Run
 from model import VisionTransformer, ViTPyramid, param_groups
 from runtime import InputError
@@ -101,8 +101,7 @@ def get_args(argv=None):
                    help="channels of the feature pyramid and the heads")
     p.add_argument("--boxes", type=number(int, at_least=4),       # a quarter are of objects
                    help="boxes sampled of an image in training, to classify")
-    p.add_argument("--warmup-steps", type=number(int, at_least=0),
-                   help="steps of linear warm-up of the lr")
+    p.add_argument("--warmup-steps", type=count, help="steps of linear warm-up of the lr")
     weights.add_arguments(p, also="none: from scratch; with --eval: a run of detect.py")
     layout = "synthetic[:IMAGES], or a folder in COCO's layout: train2017/, val2017/, annotations/"
     data.add_arguments(p, layout=layout, augment=False)

@@ -19,7 +19,7 @@ import logbook
 import runtime
 import transforms
 import weights
-from commandline import number
+from commandline import amount, number, positive, rate, share
 from logbook import Run
 from model import param_groups
 
@@ -121,26 +121,23 @@ def get_args(argv=None):
     p.add_argument("--eval", action="store_true", help="only evaluate --init, a fine-tuned model")
     p.add_argument("--probe", choices=["linear", "knn"],
                    help="only classify the frozen features of --init")
-    p.add_argument("--probe-layer", type=number(int, at_least=1),
+    p.add_argument("--probe-layer", type=positive,
                    help="block whose features are probed, from 1; by default the last")
     p.add_argument("--label-fraction", type=number(float, above=0, at_most=1), default=1.0,
                    help="share of the training images used, the same of each class, 0 to 1")
-    p.add_argument("--holdout", type=number(float, at_least=0, below=1), default=0.0,
+    p.add_argument("--holdout", type=rate, default=0.0,
                    help="share of the training images kept out of training and evaluated in place "
                         "of val/: to choose hyper-parameters by, 0 to 1")
     p.add_argument("--randaugment", type=number(int, at_least=0, at_most=30),
                    help="magnitude of RandAugment, 0 (none) to 30")
-    p.add_argument("--erasing", type=number(float, at_least=0, at_most=1),
-                   help="probability of random erasing, 0 to 1")
-    p.add_argument("--mixup", type=number(float, at_least=0),
+    p.add_argument("--erasing", type=share, help="probability of random erasing, 0 to 1")
+    p.add_argument("--mixup", type=amount,
                    help="α of mixup, whose shares are of Beta(α, α); 0: no mixup")
-    p.add_argument("--cutmix", type=number(float, at_least=0),
+    p.add_argument("--cutmix", type=amount,
                    help="α of cutmix, whose shares are of Beta(α, α); 0: no cutmix")
-    p.add_argument("--smoothing", type=number(float, at_least=0, below=1),
-                   help="label smoothing, 0 to 1")
-    p.add_argument("--warmup-epochs", type=number(float, at_least=0),
-                   help="epochs of linear warm-up of the lr")
-    p.add_argument("--ema-decay", type=number(float, at_least=0, below=1), default=0.0,
+    p.add_argument("--smoothing", type=rate, help="label smoothing, 0 to 1")
+    p.add_argument("--warmup-epochs", type=amount, help="epochs of linear warm-up of the lr")
+    p.add_argument("--ema-decay", type=rate, default=0.0,
                    help="decay of averaged weights, which are then evaluated; 0: none")
     p.add_argument("--eval-crop", type=number(float, at_least=0.1, at_most=1),
                    help="centre crop in evaluation, share of the side")

@@ -15,7 +15,7 @@ import commandline
 import data
 import runtime
 import transforms
-from commandline import number
+from commandline import amount, number, positive, rate, share
 from logbook import Run
 from model import SIZES, MaskedAutoencoder, VisionTransformer, block_mask, param_groups, random_mask
 from weights import restore
@@ -109,25 +109,20 @@ def get_args(argv=None):
     p.add_argument("--model", choices=SIZES, help="size of the ViT")
     p.add_argument("--patch-size", type=number(int, at_least=1, at_most=256),
                    help="side of a patch, pixels")
-    p.add_argument("--drop-path", type=number(float, at_least=0, below=1),
+    p.add_argument("--drop-path", type=rate,
                    help="rate of the last block, rising from 0 at the first")
-    p.add_argument("--layer-scale", type=number(float, at_least=0),
-                   help="initial value; 0: no layer scale")
+    p.add_argument("--layer-scale", type=amount, help="initial value; 0: no layer scale")
     p.add_argument("--mae", action="store_true",
                    help="PeCo_MAE: MAE's encoder, of the visible patches alone, and decoder, with "
                         "random masks (MAE's --mask-ratio is 0.75)")
     p.add_argument("--mask-ratio", type=number(float, above=0, below=1),
                    help="share of the patches masked in every image")
-    p.add_argument("--mask-block", type=number(int, at_least=1),
+    p.add_argument("--mask-block", type=positive,
                    help="smallest block of masked patches, in patches")
-    p.add_argument("--jitter", type=number(float, at_least=0, at_most=1),
-                   help="strength of the colour jitter, 0 to 1")
-    p.add_argument("--betas", type=number(float, at_least=0, below=1), nargs=2,
-                   help="AdamW's β₁ and β₂")
-    p.add_argument("--weight-decay", type=number(float, at_least=0),
-                   help="AdamW's weight decay, of matrices")
-    p.add_argument("--warmup-epochs", type=number(float, at_least=0),
-                   help="epochs of linear warm-up of the lr")
+    p.add_argument("--jitter", type=share, help="strength of the colour jitter, 0 to 1")
+    p.add_argument("--betas", type=rate, nargs=2, help="AdamW's β₁ and β₂")
+    p.add_argument("--weight-decay", type=amount, help="AdamW's weight decay, of matrices")
+    p.add_argument("--warmup-epochs", type=amount, help="epochs of linear warm-up of the lr")
     p.add_argument("--clip", type=number(float, above=0), help="largest norm of the gradient")
     p.add_argument("--checkpoint-activations", action="store_true",
                    help="recompute blocks in the backward pass: less memory, a forward pass more")

@@ -27,7 +27,7 @@ import logbook
 import runtime
 import transforms
 import weights
-from commandline import number
+from commandline import amount, count, number
 from logbook import Run
 from model import VisionTransformer, ViTPyramid, param_groups
 from runtime import InputError
@@ -78,10 +78,8 @@ def get_args(argv=None):
     p.add_argument("--eval", action="store_true", help="only evaluate --init")
     p.add_argument("--classes", type=number(int, at_least=1, at_most=10_000),
                    help="number of classes of a folder; 0 is ignored")
-    p.add_argument("--aux-weight", type=number(float, at_least=0),
-                   help="weight of the auxiliary head's loss")
-    p.add_argument("--warmup-steps", type=number(int, at_least=0),
-                   help="steps of linear warm-up of the lr")
+    p.add_argument("--aux-weight", type=amount, help="weight of the auxiliary head's loss")
+    p.add_argument("--warmup-steps", type=count, help="steps of linear warm-up of the lr")
     weights.add_arguments(p, also="none: from scratch; with --eval: a run of segment.py")
     layout = "synthetic[:IMAGES], or a folder in ADE20K's layout: images/ and annotations/"
     data.add_arguments(p, layout=layout, augment=False)

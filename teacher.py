@@ -17,7 +17,7 @@ import commandline
 import data
 import runtime
 import transforms
-from commandline import number
+from commandline import amount, number, share
 from logbook import Run
 from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, VisionTransformer
 
@@ -103,13 +103,11 @@ def get_args(argv=None):
                    help="dimension of q and k, which the loss compares")
     p.add_argument("--temperature", type=number(float, above=0),
                    help="τ, by which the contrastive loss divides the similarities")
-    p.add_argument("--momentum", type=number(float, at_least=0, at_most=1),
+    p.add_argument("--momentum", type=share,
                    help="m, share of its weights that the key encoder keeps in a step, at the "
                         "start; it rises to 1 by a cosine")
-    p.add_argument("--weight-decay", type=number(float, at_least=0),
-                   help="AdamW's weight decay, of matrices")
-    p.add_argument("--warmup-epochs", type=number(float, at_least=0),
-                   help="epochs of linear warm-up of the lr")
+    p.add_argument("--weight-decay", type=amount, help="AdamW's weight decay, of matrices")
+    p.add_argument("--warmup-epochs", type=amount, help="epochs of linear warm-up of the lr")
     p.add_argument("--checkpoint-activations", action="store_true",
                    help="recompute blocks in the backward pass: less memory, a forward pass more")
     data.add_arguments(p, layout=data.ANY_LAYOUT)

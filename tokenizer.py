@@ -17,7 +17,7 @@ import data
 import runtime
 import transforms
 from codebook import PerceptualLoss, VQTokenizer
-from commandline import number
+from commandline import amount, count, number, positive, rate
 from logbook import Run
 from model import SIZES
 from weights import perceptual_network
@@ -130,27 +130,24 @@ def get_args(argv=None):
                    help="K, number of codes")
     p.add_argument("--code-dim", type=number(int, at_least=1, at_most=8192),
                    help="D, dimension of a code")
-    p.add_argument("--decay", type=number(float, at_least=0, below=1),
+    p.add_argument("--decay", type=rate,
                    help="γ, decay of the codebook's moving averages in a step")
-    p.add_argument("--revive", type=number(float, at_least=0, below=1),
+    p.add_argument("--revive", type=rate,
                    help="a code used less than this share of the mean use starts anew; 0: never")
-    p.add_argument("--commitment-weight", type=number(float, at_least=0),
-                   help="β, weight of the commitment term")
+    p.add_argument("--commitment-weight", type=amount, help="β, weight of the commitment term")
     p.add_argument("--perceptual",
                    help="perceptual network: moco_v3, moco_v3_resnet50, vgg16 or resnet50 "
                         "(downloaded), the path of one of their files, or of a teacher.py or "
                         "finetune.py run")
-    p.add_argument("--perceptual-weight", type=number(float, at_least=0),
+    p.add_argument("--perceptual-weight", type=amount,
                    help="λ, weight of the perceptual loss; 0: pixel-only codes")
-    p.add_argument("--perceptual-layers", type=number(int, at_least=1), nargs="+",
+    p.add_argument("--perceptual-layers", type=positive, nargs="+",
                    help="S, layers that are compared; by default blocks 3 6 9 12 of 12, every "
                         "stage of a CNN")
-    p.add_argument("--adversarial-weight", type=number(float, at_least=0),
+    p.add_argument("--adversarial-weight", type=amount,
                    help="weight of the adversarial loss; 0: no discriminator")
-    p.add_argument("--betas", type=number(float, at_least=0, below=1), nargs=2,
-                   help="Adam's β₁ and β₂")
-    p.add_argument("--warmup-steps", type=number(int, at_least=0),
-                   help="steps of linear warm-up of the lr")
+    p.add_argument("--betas", type=rate, nargs=2, help="Adam's β₁ and β₂")
+    p.add_argument("--warmup-steps", type=count, help="steps of linear warm-up of the lr")
     p.add_argument("--eval-crop", type=number(float, at_least=0.1, at_most=1),
                    help="centre crop in evaluation, share of the side")
     data.add_arguments(p, layout=data.ANY_LAYOUT)

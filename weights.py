@@ -13,7 +13,7 @@ import beit
 import checkpoint
 import transforms
 from codebook import VQTokenizer
-from commandline import number
+from commandline import amount, number, rate
 from model import (
     HALF,
     IMAGENET_MEAN,
@@ -178,17 +178,15 @@ def add_arguments(p, also="none: from scratch"):
     group.add_argument("--model", choices=SIZES, help="size of the ViT, where --init does not say")
     group.add_argument("--patch-size", type=number(int, at_least=1, at_most=256),
                        help="side of a patch, pixels, where --init does not say")
-    group.add_argument("--layer-scale", type=number(float, at_least=0),
+    group.add_argument("--layer-scale", type=amount,
                        help="initial value, where --init does not say; 0: no layer scale")
     group.add_argument("--statistics", choices=STATISTICS, default="half",
                        help="mean and deviation of the inputs, where --init does not say: half "
                             "(0.5, BEiT's of ImageNet-22k) or imagenet (BEiT's of ImageNet-1K)")
-    group.add_argument("--drop-path", type=number(float, at_least=0, below=1),
+    group.add_argument("--drop-path", type=rate,
                        help="rate of the last block, rising from 0 at the first")
-    group.add_argument("--betas", type=number(float, at_least=0, below=1), nargs=2,
-                       help="AdamW's β₁ and β₂")
-    group.add_argument("--weight-decay", type=number(float, at_least=0),
-                       help="AdamW's weight decay, of matrices")
+    group.add_argument("--betas", type=rate, nargs=2, help="AdamW's β₁ and β₂")
+    group.add_argument("--weight-decay", type=amount, help="AdamW's weight decay, of matrices")
     group.add_argument("--layer-decay", type=number(float, above=0, at_most=1),
                        help="factor of the lr from one block to the one before it")
     group.add_argument("--checkpoint-activations", action="store_true",

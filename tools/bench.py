@@ -424,7 +424,7 @@ def get_args(argv=None):
                    help="images of a step")
     p.add_argument("--amp", choices=["fp32", "bf16"], default="bf16" if gpu else "fp32",
                    help="precision")
-    p.add_argument("--repeats", type=commandline.number(int, at_least=0), default=7,
+    p.add_argument("--repeats", type=commandline.count, default=7,
                    help="turns; 0: only print the peak memory of the row --only, in GiB")
     p.add_argument("--data", help="ImageFolder of photographs: also the input pipeline and "
                                   "pretrain.py end to end")

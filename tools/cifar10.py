@@ -623,7 +623,7 @@ def main(argv=None):
     p.add_argument("--data", default=None if Path(ROOT, "data/cifar10").is_dir() else "cifar10",
                    help="dataset, as the stages' --data; default: the recipe's data/cifar10 where "
                         "it is a folder, else torchvision's download")
-    p.add_argument("--seeds", type=commandline.number(int, at_least=0), nargs="+",
+    p.add_argument("--seeds", type=commandline.count, nargs="+",
                    default=[0, 1, 2, 3, 4], help="which to run")
     p.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="which to run")
     p.add_argument("--jobs", type=commandline.positive, default=2,
