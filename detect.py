@@ -51,7 +51,7 @@ PAPER = dict(
     data="data/coco",           # COCO 2017 [PeCo]
     init="runs/paper/pretrain",
     image_size=800,             # [PeCo]
-    min_size=800,               # a single scale [PeCo]
+    min_size=None,              # as image_size: a single scale [PeCo]
     max_size=1333,              # [PeCo]
     model="base",               # ViT-B [PeCo, Table 3]
     patch_size=16,              # [PeCo]
@@ -73,7 +73,6 @@ RECIPES = {
         data="synthetic:2000",
         init="runs/demo/pretrain",
         image_size=64,
-        min_size=64,
         max_size=64,
         model="nano",
         patch_size=8,
@@ -94,7 +93,7 @@ def get_args(argv=None):
     p.add_argument("--eval", action="store_true", help="only evaluate --init")
     p.add_argument("--min-size", type=number(int, at_least=1, at_most=8192),
                    help="smallest shorter side in training, pixels: it is drawn from there to "
-                        "--image-size, which is evaluation's, in steps of 32")
+                        "--image-size, which is evaluation's, in steps of 32; by default the same")
     p.add_argument("--max-size", type=number(int, at_least=1, at_most=8192),
                    help="largest longer side, pixels")
     p.add_argument("--channels", type=number(int, at_least=1, at_most=4096),
@@ -105,7 +104,11 @@ def get_args(argv=None):
     weights.add_arguments(p, also="none: from scratch; with --eval: a run of detect.py")
     layout = "synthetic[:IMAGES], or a folder in COCO's layout: train2017/, val2017/, annotations/"
     data.add_arguments(p, layout=layout, augment=False)
-    return commandline.parse(p, RECIPES, argv)
+    args = commandline.parse(p, RECIPES, argv)
+    args.min_size = args.min_size or args.image_size
+    if args.min_size > args.image_size:
+        p.error(f"--min-size {args.min_size}: more than --image-size {args.image_size}")
+    return args
 
 
 # ------------------------------------------------------------------------------------------------

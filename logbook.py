@@ -274,7 +274,7 @@ class Run:
             listed = ", ".join(map(str, images[:8]))
             more = f" and {len(images) - 8} more" if len(images) > 8 else ""
             where.append(f"rank {r} (images {listed}{more})")
-        remedy = "the last checkpoint is intact: try a lower --lr or --amp fp32"
+        remedy = "what was saved is intact: try a lower --lr or --amp fp32"
         if self.step == self.start == 0:                    # no step has moved the weights yet
             remedy = ("at the first step it comes of what goes in: look at --data, at the "
                       "checkpoints that are read, at the other flags")

@@ -67,7 +67,7 @@ def launch(main, args):
         remedy = "raise --accumulate with --resume force"
         if hasattr(args, "checkpoint_activations"):
             remedy = f"take --checkpoint-activations, or {remedy}"
-        end(args, f"out of memory ({reason}); the last checkpoint is intact: {remedy}", status=4)
+        end(args, f"out of memory ({reason}); what was saved is intact: {remedy}", status=4)
     finally:
         # A loader's workers ignore SIGTERM: after an error the process would wait for them.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -303,6 +303,14 @@ def test_the_papers_single_scale():
     assert detect.sides(args) == dict(sizes=[800], max_size=1333)
     args = detect.get_args(["--min-size", "704"])
     assert detect.sides(args)["sizes"] == [704, 736, 768, 800]
+    assert detect.sides(detect.get_args(["--image-size", "512"]))["sizes"] == [512]
+
+
+def test_a_smallest_side_above_the_largest(capsys):
+    with pytest.raises(SystemExit) as end:
+        detect.get_args(["--min-size", "1000"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "detect.py: --min-size 1000: more than --image-size 800\n"
 
 
 def test_boxes_are_in_fp32_under_autocast(monkeypatch):
