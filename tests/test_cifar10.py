@@ -93,7 +93,7 @@ def test_the_whole_plan_and_its_report(finished, root):
     gpu, cpu = results.split("## `--recipe cifar-cpu`")
     assert "*not run*" not in cpu
     assert not re.search(r"\b(nan|None)\b", results)
-    assert gpu.count("*not run*") > 60                      # it has no log: every cell
+    assert gpu.endswith("## `--recipe cifar`\n\n*not run*\n\n")     # it has no log
     for arm in TWICE:
         text, values = cifar10.ARMS[arm], []
         for seed in (0, 1):

@@ -878,8 +878,9 @@ def test_table11_its_row_is_the_accuracy_under_attack(folder):
     row = row_of("run", "attack")
     network = weights.load("run")
     dataset = Synthetic("val", 100)
-    images = torch.stack([network.preprocess(dataset[index][0]) for index in range(30)])
-    labels = torch.tensor(dataset.targets[:30])
+    drawn = torch.randperm(len(dataset), generator=seeded())[:30].tolist()
+    images = torch.stack([network.preprocess(dataset[index][0]) for index in drawn])
+    labels = torch.tensor([dataset.targets[index] for index in drawn])
     assert row["images"] == 30
     assert row["clean"] == pytest.approx(100 * accuracy(network, images, labels))
     attacked = attack.bim(network, images, labels)

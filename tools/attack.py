@@ -30,7 +30,7 @@ def get_args(argv=None):
     p.add_argument("run", help="run or checkpoint of finetune.py; its --data is used")
     p.add_argument("--data", help="as in finetune.py; default: the run's")
     p.add_argument("--images", type=commandline.positive,
-                   help="attack only the first so many validation images")
+                   help="attack only so many validation images, drawn at random, always the same")
     p.add_argument("--batch-size", type=commandline.positive, default=100, help="images at a time")
     p.add_argument("--workers", type=commandline.number(int, at_least=0, at_most=128), default=1,
                    help="loader processes")
@@ -85,7 +85,9 @@ def main(args):
     model = load(args.run, ["finetune"]).to(device)
     dataset = data.load_dataset(args.data or trained["data"], "val", trained["image_size"])
     transform = transforms.evaluation(trained["image_size"], trained["eval_crop"])
-    images = range(min(args.images or len(dataset), len(dataset)))
+    # Drawn, since the first of a folder are all of one class
+    shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    images = shuffled[:args.images].tolist()
     loader = data.eval_loader(dataset, transform, args.batch_size, args.workers, images)
 
     hits = dict.fromkeys(ATTACKS, 0)

@@ -482,6 +482,8 @@ is our choice, by pilots on held-out training images. The test images chose noth
 
 def section(recipe, jobs):
     """This recipe's part of RESULTS.md."""
+    if not jobs:
+        return f"## `--recipe {recipe}`\n\n{NOT_RUN}"
     originals = of_seeds(jobs, "codewords-tokenizer-peco", "originals")
     on_originals = f" ({show(originals)} on the images themselves)" if originals else ""
     searched = []
@@ -509,7 +511,7 @@ def section(recipe, jobs):
               [[ARMS[name], *codes_row(jobs, name)] for name in TOKENIZERS]),
         *pictures(recipe),
         "### Attacks (Table 11)",
-        f"Top-1 in % of seed 0, fine-tuned on all labels, on the first {ATTACKED} test images.",
+        f"Top-1 in % of seed 0, fine-tuned on all labels, on {ATTACKED} of the test images.",
         attacks_table(jobs),
         "### Search from scratch",
         "Top-1 in % on a tenth of the training images, held out; the best is used by all "
