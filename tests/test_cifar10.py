@@ -171,12 +171,22 @@ def test_mean_and_standard_error():
     assert cifar10.show([]) == "*not run*"
 
 
+def test_arms_are_compared_seed_by_seed():
+    """Over the seeds that both have; the seeds' own spread, common to both, is no error."""
+    values = {"finetune-peco": [40.0, 51.0, 62.0], "finetune-pixel": [38.0, 48.0, 58.0, 10.0]}
+    jobs = {f"{name}-{seed}": dict(figures=dict(top1=top1))
+            for name, seeds in values.items() for seed, top1 in enumerate(seeds)}
+    assert "| peco − pixel | **+3.0 ± 0.6** (3) |  |" in cifar10.comparisons(jobs)
+    assert cifar10.verdict([-2.0, 4.0]) == "+1.0 ± 3.0 (2)"
+    assert cifar10.verdict([-2.0]) == "-2.0 (1)"
+
+
 def test_seeds_are_told_from_other_numbers():
     """finetune-10-peco-0 is a run on 10 % of the labels, of seed 0; not of an arm "10-peco"."""
     jobs = {name: dict(figures=dict(top1=value)) for name, value in (
         ("finetune-peco-10", 1.0), ("finetune-peco-2", 2.0), ("finetune-10-peco-0", 3.0))}
-    assert cifar10.of_seeds(jobs, "finetune-peco", "top1") == [2.0, 1.0]
-    assert cifar10.of_seeds(jobs, "finetune-10-peco", "top1") == [3.0]
+    assert list(cifar10.of_seeds(jobs, "finetune-peco", "top1").items()) == [(2, 2.0), (10, 1.0)]
+    assert cifar10.of_seeds(jobs, "finetune-10-peco", "top1") == {0: 3.0}
 
 
 def test_the_readme_shows_the_table_of_results():

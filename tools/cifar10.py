@@ -6,7 +6,8 @@
 Only the target of pre-training differs. Runs the stages by the command lines that it prints, into
 runs/RECIPE/; what is finished is not run again, what was stopped goes on where it was. At its end,
 and when stopped, it writes the figures of what is finished to results/RECIPE.json, and from these
-RESULTS.md and the README's table. So seeds may be run one after another, also on several machines.
+RESULTS.md and the README's table. So seeds may be run one after another; on another machine too, if
+it has the perceptual networks and the search of the first in its runs/.
 """
 import json
 import os
@@ -37,7 +38,7 @@ ARMS = {
     "pixel": "codes of a tokenizer with λ = 0",
     "peco": "**PeCo**, codes with λ = 1: self-supervised network",
     "supervised": "**PeCo**, codes with λ = 1: supervised network",
-    "teacher": "the self-supervised network itself, fine-tuned",
+    "teacher": "the self-supervised network itself, fine-tuned with each seed",
 }
 TOKENIZERS = {                  # arm → flags of tokenizer.py
     # At lr 0 only the codebook moves: from vectors of the first batch towards means of the next.
@@ -145,6 +146,10 @@ class Runner:
             return dict(command=None, seconds=0.0, finished=False)
         return json.loads(file.read_text())
 
+    def note(self, name, command, seconds, finished):
+        job = dict(command=shlex.join(command), seconds=seconds, finished=finished, jobs=self.jobs)
+        (self.folder / name / "job.json").write_text(json.dumps(job))
+
     def command(self, name, script, flags):
         """A job's command line, a list. Tools read recipe and data from the run."""
         flags = flags.format(folder=self.folder)
@@ -188,6 +193,7 @@ class Runner:
         print(f"{time.strftime('%H:%M:%S')}  {shlex.join(command)}", flush=True)
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
+        self.note(name, command, self.job(name)["seconds"], finished=False)
         with open(folder / "output.txt", "a") as output:
             process = subprocess.Popen(
                 [sys.executable, *command[1:]], stdout=output, stderr=output,
@@ -204,9 +210,7 @@ class Runner:
             return
         del self.running[name]
         seconds = self.job(name)["seconds"] + time.time() - begun
-        job = dict(command=shlex.join(command), seconds=seconds, finished=status == 0,
-                   jobs=self.jobs)
-        (self.folder / name / "job.json").write_text(json.dumps(job))
+        self.note(name, command, seconds, finished=status == 0)
         if status and not self.stopped:
             self.failed = (name, status, shlex.join(command))
             self.stop()
@@ -292,9 +296,8 @@ def chain(runner, arms, seed, best):
             judged[f"codewords-{run}"] = codewords(run, seed)
             evaluation |= evaluations(runner.recipe, JUDGE, seed, best)
         evaluation |= evaluations(runner.recipe, arm, seed, best)
-        if seed == 0 and arm != "scratch":
-            flags = f"{{folder}}/finetune-{arm}-0 --images {ATTACKED}"
-            judged[f"attack-finetune-{arm}-0"] = ("tools.attack", flags)
+        run = f"finetune-{arm}-{seed}"
+        judged[f"attack-{run}"] = ("tools.attack", f"{{folder}}/{run} --images {ATTACKED}")
     return tokenizers | pretraining | evaluation | judged
 
 
@@ -384,26 +387,27 @@ def figure(jobs, name, key):
 
 
 def of_seeds(jobs, prefix, key):
-    """A figure of all seeds that have it, in their order. prefix: the name without the seed."""
-    names = [name for name in jobs if re.fullmatch(rf"{re.escape(prefix)}-\d+", name)]
-    names.sort(key=lambda name: int(name.rpartition("-")[2]))
-    return [figure(jobs, name, key) for name in names]
+    """{seed: figure} of all seeds that have it, in order. prefix: the name without the seed."""
+    figures = {}
+    for name in jobs:
+        if re.fullmatch(rf"{re.escape(prefix)}-\d+", name):
+            figures[int(name.rpartition("-")[2])] = figure(jobs, name, key)
+    return dict(sorted(figures.items()))
 
 
 def mean_and_error(values):
-    """Mean and standard error of the mean over seeds; None where there are none."""
-    if not values:
-        return None
+    """Mean and standard error of the mean; the error of one value is NaN."""
+    values = list(values)
     if len(values) == 1:
         return values[0], float("nan")
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
 def show(values, form=".1f"):
-    pair = mean_and_error(values)
-    if pair is None:
+    """Mean ± standard error of some values, or of the one."""
+    if not values:
         return NOT_RUN
-    mean, error = (format(value, form) for value in pair)
+    mean, error = (format(value, form) for value in mean_and_error(values))
     return mean if len(values) == 1 else f"{mean} ± {error}"
 
 
@@ -415,18 +419,29 @@ def table(header, rows):
 def arms_table(recipe, jobs):
     rows = []
     for arm, text in ARMS.items():
-        cells = [text]
+        cells, seeds = [], []
         for kind in KINDS:
-            if f"{kind}-{arm}-0" in evaluations(recipe, arm, 0, best=(0, 0)):
-                cells.append(show(of_seeds(jobs, f"{kind}-{arm}", "top1")))
-            elif arm == "teacher":                          # there is only one
-                top1 = figure(jobs, f"{kind}-teacher", "top1")
-                cells.append(NOT_RUN if top1 is None else f"{top1:.1f}")
-            else:
-                cells.append("")
-        cells.append(str(max(len(of_seeds(jobs, f"{kind}-{arm}", "top1")) for kind in KINDS)))
-        rows.append(cells)
+            planned = f"{kind}-{arm}-0" in evaluations(recipe, arm, 0, best=(0, 0))
+            figures = of_seeds(jobs, f"{kind}-{arm}", "top1")
+            if planned:
+                seeds.append(len(figures))
+            cells.append(show(figures.values()) if planned else "")
+        if arm == "teacher":                                # its own features, without fine-tuning
+            cells[-2:] = network_cells(jobs, arm)
+        fewest, most = min(seeds), max(seeds)
+        cells.append(f"{most}" if fewest == most else f"{fewest} to {most}")
+        rows.append([text, *cells])
+    epochs = SUPERVISED[recipe].split()[1]
+    top1 = show([jobs["supervised"]["figures"]["top1"]] if "supervised" in jobs else [])
+    rows.append([f"the supervised network itself: from scratch for {epochs} epochs", top1, "", "",
+                 *network_cells(jobs, "supervised"), "1" if "supervised" in jobs else "0"])
     return table(["pre-training", *KINDS.values(), "seeds"], rows)
+
+
+def network_cells(jobs, network):
+    """Linear probe and kNN of a perceptual network."""
+    values = [figure(jobs, f"{probe}-{network}", "top1") for probe in ("linear", "knn")]
+    return [NOT_RUN if value is None else f"{value:.1f}" for value in values]
 
 
 CODES = {                       # column → (job without tokenizer and seed, key, format)
@@ -440,51 +455,60 @@ CODES = {                       # column → (job without tokenizer and seed, ke
 
 
 def codes_row(jobs, name):
-    return [show(of_seeds(jobs, f"{job}tokenizer-{name}", key), form)
+    return [show(of_seeds(jobs, f"{job}tokenizer-{name}", key).values(), form)
             for job, key, form in CODES.values()]
 
 
-def claims(jobs):
-    """The claims that the table is to bear out, each with its verdict."""
-    lines = []
-    for better, worse in (("peco", "pixel"), ("supervised", "pixel"), ("pixel", "scratch"),
-                          ("peco", "scratch-long"), ("pixel", "random")):
-        for kind, label in KINDS.items():
-            one = of_seeds(jobs, f"{kind}-{better}", "top1")
-            two = of_seeds(jobs, f"{kind}-{worse}", "top1")
-            if min(len(one), len(two)) < 2:
-                continue
-            (mean1, error1), (mean2, error2) = mean_and_error(one), mean_and_error(two)
-            gap = mean1 - mean2
-            error = (error1 ** 2 + error2 ** 2) ** 0.5
-            verdict = "" if gap > 2 * error else "**not** "
-            lines.append(f"- {better} over {worse}, {label}: {gap:+.1f} ± {error:.1f}, "
-                         f"{verdict}more than two standard errors")
-    above_chance = {}
-    for arm in ("pixel", "peco", "supervised"):
-        pair = mean_and_error(of_seeds(jobs, f"codewords-tokenizer-{arm}", "linear"))
-        if pair:
-            above_chance[arm] = pair[0] - CHANCE
+COMPARED = [("peco", "pixel"), ("supervised", "pixel"), ("pixel", "scratch"), ("pixel", "random"),
+            ("peco", "random"), ("pixel", "scratch-long"), ("peco", "scratch-long")]
+
+
+def comparisons(jobs):
+    """A table of arms compared: the differences of the seeds that both have, a pair a seed."""
+    rows = []
+    for one, two in COMPARED:
+        cells = []
+        for kind in KINDS:
+            first = of_seeds(jobs, f"{kind}-{one}", "top1")
+            second = of_seeds(jobs, f"{kind}-{two}", "top1")
+            gaps = [first[seed] - second[seed] for seed in first.keys() & second.keys()]
+            cells.append(verdict(gaps) if gaps else "")
+        rows.append([f"{one} − {two}", *cells])
+    return table(["difference", *KINDS.values()], rows)
+
+
+def verdict(gaps):
+    """Mean ± standard error, in bold where it is more than two errors away from zero; seeds."""
+    mean, error = mean_and_error(gaps)
+    if len(gaps) == 1:
+        return f"{mean:+.1f} (1)"
+    text = f"{mean:+.1f} ± {error:.1f}"
+    return f"**{text}** ({len(gaps)})" if abs(mean) > 2 * error else f"{text} ({len(gaps)})"
+
+
+def above_chance(jobs):
+    """How many times pixel codes' linear accuracy, above chance, that of PeCo's codewords is."""
+    pixel = of_seeds(jobs, "codewords-tokenizer-pixel", "linear")
+    parts = []
     for arm in ("peco", "supervised"):
-        if arm in above_chance and "pixel" in above_chance:
-            one, two = above_chance[arm], above_chance["pixel"]
-            lines.append(f"- the linear classifier on the codewords, above chance: {one:.1f} "
-                         f"({arm}) / {two:.1f} (pixel) = {one / two:.2f} times")
-    return "\n".join(lines)
+        own = of_seeds(jobs, f"codewords-tokenizer-{arm}", "linear")
+        ratios = [(own[seed] - CHANCE) / (pixel[seed] - CHANCE)
+                  for seed in own.keys() & pixel.keys()]
+        parts.append(f"{show(ratios, '.2f')} ({arm})")
+    return "Linear above chance, PeCo's over pixel codes': " + ", ".join(parts) + " times."
 
 
 HEAD = """# Results on CIFAR-10
-Written by `python -m tools.cifar10` (`make cifar10`) from the logs of the runs, never by hand.
-
-From scratch, the lr and the drop path were searched on held-out training images; every other value
-is our choice, by pilots on held-out training images. The test images chose nothing."""
+Written by `python -m tools.cifar10` (`make cifar10`) from the logs of the runs, never by hand; the
+remarks are results/RECIPE.md."""
 
 
 def section(recipe, jobs):
     """This recipe's part of RESULTS.md."""
     if not jobs:
         return f"## `--recipe {recipe}`\n\n{NOT_RUN}"
-    originals = of_seeds(jobs, "codewords-tokenizer-peco", "originals")
+    originals = of_seeds(jobs, "codewords-tokenizer-peco", "originals").values()
+    remarks = store(recipe).with_suffix(".md")
     on_originals = f" ({show(originals)} on the images themselves)" if originals else ""
     searched = []
     for (lr, drop_path), top1 in search(jobs, recipe).items():
@@ -492,30 +516,33 @@ def section(recipe, jobs):
     parts = [
         f"## `--recipe {recipe}`",
         setting(recipe, jobs),
+        remarks.read_text().strip() if remarks.exists() else "",
         "Top-1 in % on the test images after the last epoch, mean ± standard error over seeds. A "
         "seed is a whole chain: tokenizer, pre-training and fine-tuning have that seed. The two "
         "perceptual networks were trained once, and their own spread is not in the error. The "
-        "supervised one has seen **all** labels of the training images, so the columns with few "
-        "labels flatter it. The longer fine-tuning does not count the epochs of perceptual network "
-        "and tokenizer, which PeCo takes besides.",
+        "supervised one has seen **all** labels of the training images, so every column flatters "
+        "codes that come of it. The longer fine-tuning does not count the epochs of perceptual "
+        "network and tokenizer, which PeCo takes besides: see the seconds below.",
         f"<!-- {recipe} table -->\n{arms_table(recipe, jobs)}\n<!-- end -->",
-        claims(jobs),
-        "### Perceptual networks",
-        "What they know, before any tokenizer: top-1 in % of classifiers on their features.",
-        networks_table(jobs),
+        "Arms of one seed share its labels, order and initial weights, so they are compared seed "
+        "by seed. In bold what is more than two standard errors; in brackets the seeds.",
+        comparisons(jobs),
         "### Codewords",
         "On the 10,000 test images. Linear: top-1 of a linear classifier on the average-pooled "
         "codewords (the paper's Table 4). On reconstructions: top-1 of the longer fine-tuning from "
-        f"scratch of the same seed{on_originals}. The distance is by the self-supervised network.",
+        f"scratch of the same seed{on_originals}. The distance is the self-supervised network's, "
+        "which PeCo's tokenizers learn to lower. The untrained tokenizer's decoder is untrained.",
         table(["tokenizer", *CODES],
               [[ARMS[name], *codes_row(jobs, name)] for name in TOKENIZERS]),
+        above_chance(jobs),
         *pictures(recipe),
         "### Attacks (Table 11)",
-        f"Top-1 in % of seed 0, fine-tuned on all labels, on {ATTACKED} of the test images.",
+        f"Top-1 in %, fine-tuned on all labels, on {ATTACKED} of the test images.",
         attacks_table(jobs),
         "### Search from scratch",
-        "Top-1 in % on a tenth of the training images, held out; the best is used by all "
-        "fine-tuning from scratch.",
+        "Top-1 in % on a tenth of the training images, held out. The best is used by all "
+        "fine-tuning from scratch, of any length and share of labels. The other arms' values were "
+        "not searched.",
         table(["lr", "drop path", "top-1"], searched),
         "### Ablations",
         "Seed 0 alone: read no small difference into them.",
@@ -525,7 +552,7 @@ def section(recipe, jobs):
         for entry, (name, flags, pretrain_flags) in entries.items():
             tokenizer_name = "peco" if flags is None and pretrain_flags else name
             first = {job: value for job, value in jobs.items() if job.endswith("-0")}
-            cells = [show(of_seeds(first, f"{kind}-{name}", "top1"))
+            cells = [show(of_seeds(first, f"{kind}-{name}", "top1").values())
                      for kind in ("finetune", "linear")]
             rows.append([entry, *cells, *codes_row(first, tokenizer_name)])
         parts.append(table([title, "all labels", "linear probe", *CODES], rows))
@@ -539,28 +566,20 @@ def setting(recipe, jobs):
     size = SIZES[vit["model"]]
     epochs = ", ".join(f"{stage.__name__} {stage.RECIPES[recipe]['epochs']}"
                        for stage in (teacher, tokenizer, pretrain, finetune))
+    few = ", ".join(f"`{flags}`" for flags in FEW_LABELS[recipe].values())
     machines = {f"{job['hardware']}, PyTorch {job['torch']}": None for job in jobs.values()
                 if job["hardware"]}
     return (f"ViT-{vit['model']} ({size['dim']} wide, {size['depth']} blocks), patches of "
             f"{vit['patch_size']} of 32 pixels. Epochs: {epochs}; the rest: `RECIPES` in each "
-            f"script. Hardware: {'; '.join(machines) or NOT_RUN}.")
-
-
-def networks_table(jobs):
-    rows = []
-    for network, text in (("teacher", "self-supervised: MoCo v3"),
-                          ("supervised", "supervised: the same ViT, on all training labels")):
-        top1 = [figure(jobs, f"{probe}-{network}", "top1") for probe in ("linear", "knn")]
-        rows.append([text, *(NOT_RUN if value is None else f"{value:.1f}" for value in top1)])
-    return table(["network", "linear probe", "kNN"], rows)
+            f"script. Few labels: {few}. Hardware: {'; '.join(machines) or NOT_RUN}.")
 
 
 def attacks_table(jobs):
     rows = []
     for arm, text in ARMS.items():
-        cells = [of_seeds(jobs, f"attack-finetune-{arm}", key) for key in ("clean", "bim", "mim")]
-        if arm != "scratch":
-            rows.append([text, *map(show, cells)])
+        cells = [show(of_seeds(jobs, f"attack-finetune-{arm}", key).values())
+                 for key in ("clean", "bim", "mim")]
+        rows.append([text, *cells])
     return table(["pre-training", "clean", "BIM", "MIM"], rows)
 
 
