@@ -178,7 +178,7 @@ def test_arms_are_compared_seed_by_seed():
             for name, seeds in values.items() for seed, top1 in enumerate(seeds)}
     assert "| peco − pixel | **+3.0 ± 0.6** (3) |  |" in cifar10.comparisons(jobs)
     assert cifar10.verdict([-2.0, 4.0]) == "+1.0 ± 3.0 (2)"
-    assert cifar10.verdict([-2.0]) == "-2.0 (1)"
+    assert cifar10.verdict([-2.0]) == "−2.0 (1)"
 
 
 def test_seeds_are_told_from_other_numbers():

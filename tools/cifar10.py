@@ -481,9 +481,10 @@ def verdict(gaps):
     """Mean ± standard error, in bold where it is more than two errors away from zero; seeds."""
     mean, error = mean_and_error(gaps)
     if len(gaps) == 1:
-        return f"{mean:+.1f} (1)"
+        return f"{mean:+.1f} (1)".replace("-", "−")
     text = f"{mean:+.1f} ± {error:.1f}"
-    return f"**{text}** ({len(gaps)})" if abs(mean) > 2 * error else f"{text} ({len(gaps)})"
+    text = f"**{text}**" if abs(mean) > 2 * error else text
+    return f"{text} ({len(gaps)})".replace("-", "−")
 
 
 def above_chance(jobs):
