@@ -201,7 +201,7 @@ class Upsample(nn.Sequential):
         super().__init__(nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1))
 
 
-def level(inputs, outputs, blocks):
+def level(inputs, outputs, blocks=2):
     """The residual blocks of one resolution."""
     return [ResidualBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks)]
 
@@ -214,11 +214,11 @@ def middle(channels):
 class Encoder(nn.Sequential):
     """Images (B, 3, H, W) → z_e (B, D, H/s, W/s), s = 2^(len(channels) − 1)."""
 
-    def __init__(self, channels, dim, blocks=2):
+    def __init__(self, channels, dim):
         width = channels[0]
-        layers = [nn.Conv2d(3, width, 3, padding=1), *level(width, width, blocks)]
+        layers = [nn.Conv2d(3, width, 3, padding=1), *level(width, width)]
         for outputs in channels[1:]:
-            layers += [Downsample(width), *level(width, outputs, blocks)]
+            layers += [Downsample(width), *level(width, outputs)]
             width = outputs
         layers += [*middle(width), norm_act(width), nn.Conv2d(width, dim, 3, padding=1)]
         super().__init__(*layers)
@@ -298,8 +298,9 @@ class VQTokenizer(nn.Module):
         if image_size % self.stride:
             raise InputError(f"image size {image_size} is no multiple of the tokenizer's stride "
                              f"{self.stride}")
-        if any(c % 16 for c in (*channels, *decoder_channels)):
-            raise InputError(f"channels {[*channels, *decoder_channels]} must be multiples of 16")
+        if any(c % (16 if c < 64 else 32) for c in (*channels, *decoder_channels)):
+            raise InputError(f"channels {[*channels, *decoder_channels]} must be multiples of 16, "
+                             "from 64 on of 32")
         if len(channels) != len(decoder_channels):
             raise InputError(f"channels {list(channels)} and those of the decoder, "
                              f"{list(decoder_channels)}, must be as many")

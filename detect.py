@@ -50,9 +50,8 @@ except ImportError:             # optional, as requirements-extra.txt says; main
 PAPER = dict(
     data="data/coco",           # COCO 2017 [PeCo]
     init="runs/paper/pretrain",
-    image_size=800,             # [PeCo]
-    min_size=None,              # as image_size: a single scale [PeCo]
-    max_size=1333,              # [PeCo]
+    image_size=800,             # of the shorter side: a single scale [PeCo]
+    max_size=1333,              # of the longer one at most [PeCo]
     model="base",               # ViT-B [PeCo, Table 3]
     patch_size=16,              # [PeCo]
     drop_path=0.1,              # [PeCo]
@@ -64,7 +63,7 @@ PAPER = dict(
     warmup_steps=500,           # [mmdetection]
     lr=4e-4,                    # [PeCo]; × 0.1 at epochs 8 and 11 [PeCo]
     layer_decay=0.75,           # [PeCo]
-    betas=[0.9, 0.999],         # [BEiT]
+    betas=[0.9, 0.999],         # our choice: PyTorch's
     weight_decay=0.05,          # [PeCo]
 )
 RECIPES = {
@@ -91,11 +90,8 @@ PICTURES = 8                    # validation images drawn at each evaluation; ou
 def get_args(argv=None):
     p = commandline.parser("detect", __doc__)
     p.add_argument("--eval", action="store_true", help="only evaluate --init")
-    p.add_argument("--min-size", type=number(int, at_least=1, at_most=8192),
-                   help="smallest shorter side in training, pixels: it is drawn from there to "
-                        "--image-size, which is evaluation's, in steps of 32; by default the same")
     p.add_argument("--max-size", type=number(int, at_least=1, at_most=8192),
-                   help="largest longer side, pixels")
+                   help="largest longer side, pixels; --image-size is the shorter one")
     p.add_argument("--channels", type=number(int, at_least=1, at_most=4096),
                    help="channels of the feature pyramid and the heads")
     p.add_argument("--boxes", type=number(int, at_least=4),       # a quarter are of objects
@@ -104,11 +100,7 @@ def get_args(argv=None):
     weights.add_arguments(p, also="none: from scratch; with --eval: a run of detect.py")
     layout = "synthetic[:IMAGES], or a folder in COCO's layout: train2017/, val2017/, annotations/"
     data.add_arguments(p, layout=layout, augment=False)
-    args = commandline.parse(p, RECIPES, argv)
-    args.min_size = args.min_size or args.image_size
-    if args.min_size > args.image_size:
-        p.error(f"--min-size {args.min_size}: more than --image-size {args.image_size}")
-    return args
+    return commandline.parse(p, RECIPES, argv)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -221,21 +213,21 @@ class Backbone(nn.Module):
         return {name: x.float() for name, x in maps.items()}
 
 
-def mask_rcnn(vit, classes, channels, boxes, sizes, max_size):
+def mask_rcnn(vit, classes, channels, boxes, size, max_size):
     """torchvision's Mask R-CNN on a ViT.
 
     Lists of images (3, H, W) and, in training, of targets → in training a dict of losses, else
     detections in the images' own pixels.
 
-    channels: of pyramid and heads; boxes: sampled of an image in training; sizes: shorter sides in
-    training, the last one evaluation's; max_size: of the longer one, pixels. With 256 channels and
-    512 boxes all but the ViT is torchvision's own.
+    channels: of pyramid and heads; boxes: sampled of an image in training; size: of the shorter
+    side, pixels; max_size: of the longer one. With 256 channels and 512 boxes all but the ViT is
+    torchvision's own.
     """
     # Sides of the anchors on each map, pixels: eight times its stride [torchvision]
     anchors = tuple((2 * vit.patch_size * 2 ** level,) for level in range(5))
     return MaskRCNN(
         Backbone(vit, channels),
-        min_size=sizes,
+        min_size=size,
         max_size=max_size,
         size_divisible=2 * vit.patch_size,                  # whole positions of the map at ×½
         image_mean=[0.0] * 3,                               # pixels come in [-1, 1]
@@ -257,20 +249,15 @@ def build(args, classes, state):
     patch = stored.get("patch_size", args.patch_size)
     whole = math.ceil(args.image_size / patch) * patch      # pixels, a multiple of the patches'
     vit, vit_args, _ = weights.begin(args, state, whole)
-    rest = dict(classes=classes, channels=args.channels, boxes=args.boxes, **sides(args))
+    rest = dict(classes=classes, channels=args.channels, boxes=args.boxes, size=args.image_size,
+                max_size=args.max_size)
     return mask_rcnn(vit, **rest), dict(vit=vit_args, **rest)
-
-
-def sides(args):
-    """The sizes of images, for mask_rcnn."""
-    sizes = [*range(args.min_size, args.image_size, 32), args.image_size]
-    return dict(sizes=sizes, max_size=args.max_size)
 
 
 def load(args, classes):
     """The network of a run of detect.py. Raises InputError where it has other classes."""
     state = checkpoint.load(args.init, ["detect"], "--init", f"detect.py --recipe {args.recipe}")
-    arguments = state["model_args"] | sides(args)
+    arguments = state["model_args"] | dict(size=args.image_size, max_size=args.max_size)
     found = arguments.get("classes")
     if found != classes:
         raise InputError(f"--init {args.init}: has {found} classes, --data {args.data} {classes}")
@@ -458,14 +445,14 @@ def main(args):
         lr = schedule(step, run.steps, args.warmup_steps, args.lr)
         runtime.set_lr(optimizer, lr)
         batch = next(batches)
-        run.seed(step)                              # sizes, sampled anchors and boxes, drop path
+        run.seed(step)                                # sampled anchors and boxes, drop path
         for images, targets in run.accumulate(batch, network):
             losses = network(images, targets)               # of proposals, classes, boxes, masks
             loss = sum(losses.values())
             (loss / args.accumulate).backward()
             run.add(loss=loss, **losses)
         gradients = [p.grad for p in model.parameters()]
-        run.add(grad_norm=nn.utils.get_total_norm(gradients))       # BEiT does not clip here
+        run.add(grad_norm=nn.utils.get_total_norm(gradients))       # the paper speaks of no clip
         run.check_finite(loader.samples)                    # one rank's NaN stops all of them here
         optimizer.step()
         optimizer.zero_grad()

@@ -35,15 +35,16 @@ SIZES = {
     "large": dict(dim=1024, depth=24, heads=16),            # ViT's
     "huge": dict(dim=1280, depth=32, heads=16),             # ViT's
 }
-HALF = (0.5, 0.5, 0.5)                             # BEiT's input statistics: pixels stay in [-1, 1]
+HALF = (0.5, 0.5, 0.5)                             # BEiT's of ImageNet-22K: pixels stay in [-1, 1]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)                       # MoCo v3's and torchvision's
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 # ------------------------------------------------------------------------------------------------
-# Relative position bias (BEiT, sec. 2.2): a learned number for each relative position and head,
-# added to the logits of attention. Pre-training shares one table over all blocks, fine-tuning has
-# one a block. Module and parameter names are BEiT's own, so that its files load unchanged.
+# Relative position bias (BEiT, appendix A, and its code's default): a learned number for each
+# relative position and head, added to the logits of attention. Pre-training shares one table over
+# all blocks, fine-tuning has one a block. Module and parameter names are BEiT's own, so that its
+# files load unchanged.
 
 class Grid(NamedTuple):
     """Patches of the images at hand, down and across; with relative positions also their index."""
@@ -341,7 +342,7 @@ def plain_blocks(dim, depth, heads, grid):
 
 @torch.no_grad()
 def initialize_xavier(network):
-    """MoCo v3's and MAE's: Xavier's; queries, keys and values each by itself; biases 0."""
+    """MoCo v3's: Xavier's, queries, keys and values each by itself (MAE's as one); biases 0."""
     for name, module in network.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             parts = 3 if name.endswith("qkv") else 1
@@ -365,11 +366,11 @@ class MaskedAutoencoder(nn.Module):
     """PeCo_MAE (PeCo, Table 8): MAE's encoder and decoder (2111.06377) with codes as targets.
 
     encoder: a VisionTransformer with absolute positions, which sees the visible patches only.
-    codes: K. dim, depth, heads: of the decoder; MAE's for ViT-B and larger.
+    codes: K. dim, depth, heads: of the decoder.
     forward: images (B, 3, H, W), mask (B, h, w) → logits of the masked patches (M, K).
     """
 
-    def __init__(self, encoder, codes, dim=512, depth=8, heads=16):
+    def __init__(self, encoder, codes, dim, depth, heads):
         super().__init__()
         self.encoder = encoder
         self.decoder = MaskedDecoder(encoder.cls_token.shape[-1], encoder.grid, codes, dim, depth,
@@ -463,7 +464,7 @@ def resize_positions(embedding, h, w):
 def param_groups(model, weight_decay, layer_decay=1.0, vit=""):
     """Optimizer groups with names and an "lr_scale", as BEiT makes them.
 
-    No weight decay on vectors and on the class and position embeddings. Layer l has the lr times
+    No weight decay on vectors and on the class embedding. Layer l has the lr times
     layer_decay^(depth + 1 − l): embeddings are layer 0, block i (from 1) is layer i, what follows
     the blocks is the last, depth + 1; the shared position bias counts as the last too.
     vit: name of the ViT in the model, where the model is more; the rest of it counts as the last.
@@ -472,16 +473,14 @@ def param_groups(model, weight_decay, layer_decay=1.0, vit=""):
     prefix = f"{vit}." if vit else ""
     groups = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         own = name.removeprefix(prefix) if name.startswith(prefix) else ""     # its name in the ViT
         if own.startswith("blocks."):
             layer = int(own.split(".")[1]) + 1
-        elif own.startswith(("patch_embed", "cls_token", "mask_token", "pos_embed")):
+        elif own.startswith(("patch_embed", "cls_token", "mask_token")):
             layer = 0
         else:
             layer = depth + 1
-        no_decay = parameter.ndim == 1 or own in ("cls_token", "pos_embed")
+        no_decay = parameter.ndim == 1 or own == "cls_token"
         decay = 0.0 if no_decay else weight_decay
         if (layer, decay) not in groups:
             lr_scale = layer_decay ** (depth + 1 - layer)
@@ -518,11 +517,11 @@ class ViTPyramid(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # Block-wise masking (BEiT, algorithm 1)
 
-def block_mask(grid, count, min_block=16, max_aspect=1 / 0.3):
+def block_mask(grid, count, min_block=16):
     """Mask `count` of grid × grid patches in blocks → bool (grid, grid). Draws from `random`.
 
     BEiT's generator: blocks of an area between min_block and what is left of `count`, and an aspect
-    ratio between 1/max_aspect and max_aspect. It gives up after ten blocks that do not fit, short
+    ratio between 0.3 and 1/0.3. It gives up after ten blocks that do not fit, short
     of `count` in a third of its draws; here the blocks then grow by random neighbours, so that
     every image has the same number of masked patches.
     """
@@ -531,7 +530,7 @@ def block_mask(grid, count, min_block=16, max_aspect=1 / 0.3):
     while masked < count:
         for _ in range(10):                                 # BEiT's number of attempts
             area = random.uniform(min_block, count - masked)       # towards the end below min_block
-            aspect = math.exp(random.uniform(-math.log(max_aspect), math.log(max_aspect)))
+            aspect = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if height >= grid or width >= grid:
                 continue

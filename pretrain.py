@@ -23,7 +23,7 @@ from weights import restore
 PAPER = dict(
     data="data/imagenet",       # ImageNet-1K [PeCo]
     tokenizer="runs/paper/tokenizer",
-    augment="batch",            # our choice: as --augment image, but faster
+    augment="batch",            # our choice: faster, a little different (PAPER.md, 5)
     image_size=224,             # [PeCo]
     crop_min=0.08,              # [BEiT]
     jitter=0.4,                 # [BEiT]
@@ -40,7 +40,7 @@ PAPER = dict(
     lr=1.5e-3,                  # [PeCo]
     betas=[0.9, 0.999],         # [PeCo]
     weight_decay=0.05,          # [PeCo]
-    clip=3.0,                   # [BEiT]
+    clip=3.0,                   # [BEiT]; 1.0 for ViT-L
 )
 RECIPES = {
     "paper": PAPER,

@@ -23,7 +23,7 @@ from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, VisionTransformer
 
 PAPER = dict(
     data="data/imagenet",       # ImageNet-1K [PeCo]
-    augment="batch",            # our choice: as --augment image, but faster
+    augment="batch",            # our choice: faster, a little different (PAPER.md, 5)
     image_size=224,             # [MoCo v3]
     crop_min=0.08,              # [MoCo v3]
     model="base",               # ViT-B [PeCo]

@@ -24,11 +24,13 @@ from weights import perceptual_network
 
 PAPER = dict(
     data="data/imagenet",       # ImageNet-1K [PeCo]
-    augment="batch",            # our choice: as --augment image, but faster
+    augment="batch",            # our choice: faster, a little different (PAPER.md, 5)
     image_size=224,             # [PeCo]
     crop_min=0.08,              # our choice: the paper does not speak of augmentation
     eval_crop=0.875,            # our choice
-    channels=[64, 128, 256, 512, 512],      # [PeCo, Table 2]; PeCo-lite: 32 64 128 256 512
+    # 64, doubled [PeCo]; not above 512, from the number of parameters (Table 2).
+    # PeCo-lite: 32 64 128 256 512
+    channels=[64, 128, 256, 512, 512],
     decoder_channels=None,      # as the encoder's [PeCo]
     decoder_blocks=None,        # as the encoder's [PeCo]
     vit=None,                   # convolutions, not a ViT [PeCo]
@@ -38,7 +40,7 @@ PAPER = dict(
     decay=0.99,                 # [VQ-VAE]
     revive=0.01,                # our choice
     commitment_weight=0.25,     # β [PeCo]
-    perceptual="moco_v3",       # [PeCo]
+    perceptual="moco_v3",       # [PeCo]; of 300 epochs, as its 100 were never published
     perceptual_weight=1.0,      # λ [PeCo]
     adversarial_weight=0.0,     # 0.4 in the ablation [PeCo, Table 7]
     batch_size=128,             # [PeCo]

@@ -51,7 +51,7 @@ OWN = {
     "pretrain": ["--drop-path", "0.1"],
     "finetune": ["--label-fraction", "1", "--mixup", "0.8", "--drop-path", "0.1"],
     "segment": ["--image-size", "32", "--drop-path", "0.1"],
-    "detect": ["--image-size", "32", "--min-size", "24", "--max-size", "32", "--channels", "16",
+    "detect": ["--image-size", "32", "--max-size", "32", "--channels", "16",
                "--boxes", "16", "--drop-path", "0.1"],
 }
 # What stops a run. A stage catches them for good.

@@ -246,7 +246,7 @@ def tiny():
     torch.manual_seed(0)
     vit = model.VisionTransformer(32, 8, dim=32, depth=4, heads=2, positions="block",
                                   layer_scale=0.1)
-    return detect.mask_rcnn(vit, classes=3, channels=16, boxes=16, sizes=[24, 32], max_size=48)
+    return detect.mask_rcnn(vit, classes=3, channels=16, boxes=16, size=32, max_size=48)
 
 
 def test_pyramid_and_anchors():
@@ -256,7 +256,7 @@ def test_pyramid_and_anchors():
         ("0", 16, 24, 16), ("1", 16, 12, 8), ("2", 16, 6, 4), ("3", 16, 3, 2), ("pool", 16, 2, 1)]
     assert network.rpn.anchor_generator.sizes == ((16,), (32,), (64,), (128,), (256,))
     vit = model.VisionTransformer(32, 16, dim=32, depth=1, heads=2)
-    standard = detect.mask_rcnn(vit, 90, 256, 512, [32], 32)
+    standard = detect.mask_rcnn(vit, 90, 256, 512, 32, 32)
     # torchvision's defaults
     assert standard.rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
 
@@ -275,7 +275,7 @@ def test_images_without_objects_train_and_every_weight_has_a_gradient(folder):
     assert all(torch.isfinite(loss) for loss in network(images, targets).values())
 
 
-def test_training_sizes_are_drawn_and_the_last_is_evaluations(monkeypatch):
+def test_one_size_in_training_and_evaluation(monkeypatch):
     network = tiny()
     forward = network.backbone.forward
     seen = []
@@ -290,27 +290,10 @@ def test_training_sizes_are_drawn_and_the_last_is_evaluations(monkeypatch):
         boxes=torch.tensor([[2.0, 2, 20, 20]]),
         labels=torch.tensor([1]),
         masks=torch.ones(1, 30, 40, dtype=torch.uint8))
-    for seed in range(8):
-        torch.manual_seed(seed)
-        network([image], [target])
-    assert set(seen) == {(32, 32), (32, 48)}        # 24 × 32 and 32 × 43, padded to multiples of 16
+    network([image], [target])
+    assert seen[-1] == (32, 48)                             # 32 × 43, padded to multiples of 16
     network.eval()([image, torch.zeros(3, 16, 48)])         # at most 48 wide
     assert seen[-1] == (32, 48)
-
-
-def test_the_papers_single_scale():
-    args = detect.get_args([])
-    assert detect.sides(args) == dict(sizes=[800], max_size=1333)
-    args = detect.get_args(["--min-size", "704"])
-    assert detect.sides(args)["sizes"] == [704, 736, 768, 800]
-    assert detect.sides(detect.get_args(["--image-size", "512"]))["sizes"] == [512]
-
-
-def test_a_smallest_side_above_the_largest(capsys):
-    with pytest.raises(SystemExit) as end:
-        detect.get_args(["--min-size", "1000"])
-    assert end.value.code == 2
-    assert capsys.readouterr().err == "detect.py: --min-size 1000: more than --image-size 800\n"
 
 
 def test_boxes_are_in_fp32_under_autocast(monkeypatch):
@@ -374,7 +357,7 @@ def test_training_begins_from_the_pre_trained_weights(chain):
     network, _ = detect.build(args, 10, state)
     vit = network.backbone.pyramid.vit
     assert torch.equal(vit.blocks[0].mlp.fc1.weight, state["model"]["blocks.0.mlp.fc1.weight"])
-    assert network.transform.min_size == [24, 32] and network.transform.max_size == 32
+    assert network.transform.min_size == (32,) and network.transform.max_size == 32
     assert newest(chain.detect)["args"]["init_digest"] == state["digest"]
 
 
@@ -407,7 +390,7 @@ def test_evaluation_repeats_what_the_training_logged(chain, capsys):
 def test_it_learns(folder):
     """Two kinds of rectangles, from scratch."""
     make_coco(Path("coco"), images=10)
-    run("detect", "--data", "coco", "--init", "none", "--image-size", "48", "--min-size", "48",
+    run("detect", "--data", "coco", "--init", "none", "--image-size", "48",
         "--max-size", "64", "--batch-size", "8", "--steps", "60", "--lr", "6e-3",
         "--warmup-steps", "5", "--save-every", "60", "--drop-path", "0", "--patch-size", "8")
     rows = log("runs/demo/detect")

@@ -679,6 +679,8 @@ def test_tokenizer_refuses_what_does_not_fit():
         VQTokenizer(18, channels=(16, 16, 16))
     with pytest.raises(ValueError, match=r"\[16, 20, 16, 20\].*multiples of 16"):
         VQTokenizer(16, channels=(16, 20))
+    with pytest.raises(ValueError, match=r"\[16, 80, 16, 80\].*from 64 on of 32"):
+        VQTokenizer(16, channels=(16, 80))              # GroupNorm has 32 groups there
 
 
 def test_discriminator_judges_patches():

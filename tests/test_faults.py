@@ -435,7 +435,7 @@ SAME = {
     "finetune": ["--mixup", "0", "--drop-path", "0"],
     "pretrain": ["--drop-path", "0"],
     "segment": ["--drop-path", "0"],
-    "detect": ["--drop-path", "0", "--min-size", "32"],
+    "detect": ["--drop-path", "0"],
 }
 
 
