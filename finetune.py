@@ -104,7 +104,6 @@ RECIPES = {
 RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice: few labels
     data="synthetic:8000",
     init="runs/demo/pretrain",
-    augment="image",
     label_fraction=0.04,
     batch_size=50,
     epochs=40,

@@ -96,7 +96,6 @@ RECIPES = {
 RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
     data="synthetic:8000",
     tokenizer="runs/demo/tokenizer",
-    augment="image",
     epochs=6,
     warmup_epochs=0.2,
     save_every=6,

@@ -74,6 +74,7 @@ SHAPES = {
 }
 CLUTTER = ("disk", "bar", "corner")
 SPLITS = {"train": 1, "val": 2}                             # what a split's scenes are seeded by
+DRAWN = {}                                                  # scenes kept, for all of a process
 MOST = 10_000_000                                           # images; our choice
 
 
@@ -96,7 +97,6 @@ class Synthetic(Dataset):
         self.targets = [i % len(SHAPES) for i in range(number)]
         # Few and small scenes are kept: drawing one costs more than augmenting it.
         self.keep = image_size <= 64 and number <= 50_000
-        self.drawn = {}
 
     def __len__(self):
         return self.number
@@ -106,14 +106,15 @@ class Synthetic(Dataset):
 
     def scene(self, index):
         """What draw() makes for an image, from the image's own seed."""
-        if index in self.drawn:
-            return self.drawn[index]
+        key = (type(self), self.seed, self.split, self.size, index)
+        if key in DRAWN:
+            return DRAWN[key]
         rng = np.random.default_rng([self.seed, SPLITS[self.split], index])
         n = 2 * self.size                                   # drawn at twice the size, then averaged
         y, x = np.mgrid[0:n, 0:n].astype(np.float32) / (n / 2) - 1      # [-1, 1) across the image
         scene = self.draw(rng, x, y, index)
         if self.keep:
-            self.drawn[index] = scene
+            DRAWN[key] = scene
         return scene
 
     def draw(self, rng, x, y, index):

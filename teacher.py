@@ -82,7 +82,6 @@ RECIPES = {
 }
 RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
     data="synthetic:8000",
-    augment="image",
     crop_min=0.3,
     batch_size=128,
     epochs=2,

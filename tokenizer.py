@@ -102,7 +102,6 @@ RECIPES = {
 }
 RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
     data="synthetic:8000",
-    augment="image",
     vit=None,                   # on these scenes a ViT's codes taught the student next to nothing
     channels=[16, 32, 32, 64],
     decoder_blocks=None,
