@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from conftest import COMMON, ROOT, run
+from conftest import COMMON, OWN, ROOT, run
 from test_stages import log
 
 import checkpoint
@@ -130,7 +130,7 @@ def test_storage_that_is_not_shared_is_refused(results):
 def test_pretraining_on_two_ranks(chain):
     flags = [*chain.inputs["pretrain"], "--steps", "3", "--drop-path", "0"]
     run("pretrain", *flags, "--output", "one")
-    torchrun(ROOT / "pretrain.py", *COMMON, *flags, "--output", "two")
+    torchrun(ROOT / "pretrain.py", *COMMON, *OWN["pretrain"], *flags, "--output", "two")
     one, two = [checkpoint.load(folder, ["pretrain"]) for folder in ("one", "two")]
     assert one["step"] == two["step"] == 3
     assert list(one["model"]) == list(two["model"])
