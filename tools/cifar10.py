@@ -480,10 +480,9 @@ def comparisons(jobs):
 def verdict(gaps):
     """Mean ± standard error, in bold where it is more than two errors away from zero; seeds."""
     mean, error = mean_and_error(gaps)
-    if len(gaps) == 1:
-        return f"{mean:+.1f} (1)".replace("-", "−")
-    text = f"{mean:+.1f} ± {error:.1f}"
-    text = f"**{text}**" if abs(mean) > 2 * error else text
+    text = f"{mean:+.1f}" if len(gaps) == 1 else f"{mean:+.1f} ± {error:.1f}"
+    if abs(mean) > 2 * error:                               # never of NaN, the error of one seed
+        text = f"**{text}**"
     return f"{text} ({len(gaps)})".replace("-", "−")
 
 
