@@ -102,15 +102,15 @@ RECIPES = {
     ),
 }
 RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice: few labels
-    data="synthetic:8000",
+    data="synthetic:6000",
     init="runs/demo/pretrain",
-    label_fraction=0.04,
+    label_fraction=0.05,
     batch_size=50,
-    epochs=40,
-    warmup_epochs=4,
+    epochs=30,
+    warmup_epochs=3,
     lr=2e-3,
     layer_decay=0.75,
-    save_every=40,
+    save_every=30,
 )
 HOLDOUT_SEED = 1_000_000        # one split for every --seed, and not that of their label subsets
 

@@ -94,11 +94,11 @@ RECIPES = {
     ),
 }
 RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
-    data="synthetic:8000",
+    data="synthetic:6000",
     tokenizer="runs/demo/tokenizer",
-    epochs=6,
+    epochs=5,
     warmup_epochs=0.2,
-    save_every=6,
+    save_every=5,
 )
 
 

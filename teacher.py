@@ -81,7 +81,7 @@ RECIPES = {
     ),
 }
 RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
-    data="synthetic:8000",
+    data="synthetic:6000",
     crop_min=0.3,
     batch_size=128,
     epochs=2,

@@ -101,10 +101,10 @@ RECIPES = {
     ),
 }
 RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
-    data="synthetic:8000",
+    data="synthetic:6000",
     vit=None,                   # on these scenes a ViT's codes taught the student next to nothing
     channels=[16, 32, 32, 64],
-    decoder_blocks=None,
+    decoder_blocks=1,
     decay=0.9,
     perceptual="runs/demo/teacher",
     epochs=1,
