@@ -119,7 +119,7 @@ def boxes(transform, size, number, monkeypatch):
 
 
 @pytest.mark.parametrize("smallest", [0.08, 0.4])
-@pytest.mark.parametrize("size", [(500, 375), (375, 500), (320, 480), (1024, 256), (32, 32)])
+@pytest.mark.parametrize("size", [(375, 500), (1024, 256), (32, 32)])
 def test_crops_are_drawn_as_torchvisions(size, smallest, monkeypatch):
     """By the total variation of the histograms of area, aspect and place."""
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from PIL import Image
 from test_cifar import generate
 from torch import nn
 
+import finetune
 import pretrain
 import tokenizer
 from codebook import VQTokenizer
@@ -31,7 +33,8 @@ class InProcess(cifar10.Runner):
     """Runs the same command lines in this process, at a size of nothing."""
 
     def __init__(self):
-        super().__init__("cifar-cpu", data="tiny", extra=TINY)
+        super().__init__("cifar-cpu", data="tiny")
+        self.extra = TINY                                   # though short, its figures count
 
     def run(self, jobs):
         for name, (script, flags) in jobs.items():
@@ -68,6 +71,7 @@ def root(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cifar10, "ROOT", root)
             patch.setattr(cifar10, "ablations", few_ablations)
+            patch.setattr(finetune, "linear_probe", partial(finetune.linear_probe, steps=20))
             cifar10.run_seeds(InProcess(), list(cifar10.ARMS), [0])
             cifar10.run_seeds(InProcess(), TWICE, [1])
             cifar10.run_ablations(InProcess())
@@ -132,6 +136,20 @@ def test_what_is_not_finished_is_no_result(finished):
     file.write_text(whole.replace("true", "false"))
     assert "finetune-peco-0" not in finished.finished()
     file.write_text(whole)
+
+
+def test_a_shortened_run_writes_no_results(finished, root, capsys):
+    runner = cifar10.Runner("cifar-cpu", extra=["--steps", "2"])
+    whole = runner.folder.with_name("cifar-cpu")
+    runner.folder.symlink_to(whole.absolute())              # as if these runs had been its own
+    cifar10.write(finished)
+    files = {file: file.read_bytes() for file in root.rglob("*.md")}
+    Path("results/cifar-cpu.json").unlink()
+    cifar10.write(runner)
+    assert not Path("results/cifar-cpu.json").exists()
+    assert files == {file: file.read_bytes() for file in root.rglob("*.md")}
+    table = cifar10.arms_table("cifar-cpu", finished.finished())
+    assert capsys.readouterr().out == f"{table}\n"
 
 
 def test_few_labels_are_few(finished):

@@ -5,6 +5,7 @@ the test would see a difference.
 """
 import contextlib
 import errno
+import functools
 import json
 import os
 import pty
@@ -33,6 +34,7 @@ import data
 import finetune
 import logbook
 import runtime
+import tokenizer
 import transforms
 from logbook import Run
 from weights import network_of
@@ -186,7 +188,9 @@ def kill_and_go_on(stage, chain, kills, workers):
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "finetune"])
-def test_killed_and_resumed(stage, chain):
+def test_killed_and_resumed(stage, chain, monkeypatch):
+    narrow = functools.partial(tokenizer.PatchDiscriminator, 16)    # a sixteenth of the weights
+    monkeypatch.setattr(tokenizer, "PatchDiscriminator", narrow)    # the processes are forks
     kill_and_go_on(stage, chain, kills=2, workers=1)
 
 

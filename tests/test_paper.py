@@ -651,7 +651,7 @@ def test_table8_pre_training_draws_random_masks(codes, monkeypatch):
     monkeypatch.setattr(pretrain, "block_mask", None)
     run("pretrain", "--mae", "--mask-ratio", "0.75", "--tokenizer", codes, "--steps", "2",
         "--output", "run")
-    assert drawn == [(4, 12)] * (2 * 16 + 100)              # and of the validation images
+    assert drawn == [(4, 12)] * (2 * 16 + 40)               # and of the validation images
     transform = pretrain.AugmentAndMask(lambda image: image, grid=4, count=12, min_block=0)
     random.seed(0)
     assert torch.equal(transform("an image")[1], random_masks(1, 4, 12)[0])
@@ -865,7 +865,7 @@ def test_table11_its_row_is_the_accuracy_under_attack(folder):
     attack.main(attack.get_args(["run", "--images", "30", "--workers", "0"]))
     row = row_of("run", "attack")
     network = weights.load("run")
-    dataset = Synthetic("val", 100)
+    dataset = Synthetic("val", 40)
     drawn = torch.randperm(len(dataset), generator=seeded())[:30].tolist()
     images = torch.stack([network.preprocess(dataset[index][0]) for index in drawn])
     labels = torch.tensor([dataset.targets[index] for index in drawn])

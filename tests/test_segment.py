@@ -451,7 +451,7 @@ def test_an_image_size_that_does_not_fit_is_not_blamed_on_the_checkpoint(chain, 
 def test_evaluation_repeats_what_the_training_logged(chain, capsys):
     row = run("segment", "--eval", "--init", str(chain.segment), "--output", "again")
     logged = log(chain.segment, "val")[-1]
-    assert row == {key: logged[key] for key in row} and row["images"] == 100
+    assert row == {key: logged[key] for key in row} and row["images"] == 40
     assert (chain.segment / "classes.md").read_text() == Path("again/classes.md").read_text()
     message = fails(capsys, "segment", "--eval", "--init", str(chain.pretrain))
     assert "found a checkpoint of pretrain, expected one of segment" in message

@@ -7,7 +7,8 @@ Only the target of pre-training differs. Runs the stages by the command lines th
 runs/RECIPE/; what is finished is not run again, what was stopped goes on where it was. At its end,
 and when stopped, it writes the figures of what is finished to results/RECIPE.json, and from these
 RESULTS.md and the README's table. So seeds may be run one after another; on another machine too, if
-it has the perceptual networks and the search of the first in its runs/.
+it has the perceptual networks and the search of the first in its runs/. With --steps or --epochs,
+to try it, it runs into runs/RECIPE-short/ and only prints its table.
 """
 import json
 import os
@@ -75,6 +76,7 @@ JUDGE = "scratch-long"          # whose classifier judges reconstructions: no pe
 ATTACKED = 1000                 # test images that are attacked; our choice
 CHANCE = 10.0                   # % of ten classes
 NOT_RUN = "*not run*"
+LENGTHS = {"--epochs", "--steps"}
 
 
 def ablations(recipe):
@@ -130,9 +132,11 @@ class Runner:
     """
 
     def __init__(self, recipe, jobs=1, data=None, extra=()):
-        self.recipe, self.jobs, self.folder = recipe, jobs, Path("runs") / recipe
+        self.recipe, self.jobs = recipe, jobs
         self.data = ["--data", data] if data else []
         self.extra = list(extra)
+        self.shortened = bool(LENGTHS & set(extra))         # so its figures are no results
+        self.folder = Path("runs", f"{recipe}-short" if self.shortened else recipe)
         self.running = {}                                   # name → (process, command, start time)
         self.stopped = False
         self.failed = None                                  # (name, status, command) of the first
@@ -155,7 +159,7 @@ class Runner:
         flags = flags.format(folder=self.folder)
         if script.startswith("tools."):
             return ["python", "-m", script, *flags.split()]
-        if {"--epochs", "--steps"} & set(self.extra):       # then all jobs have that length
+        if LENGTHS & set(self.extra):                       # then all jobs have that length
             flags = re.sub(r"--(epochs|steps) \S+", "", flags)
         own = ["--recipe", self.recipe, "--output", f"{self.folder}/{name}"]
         return ["python", script, *own, *flags.split(), *self.extra, *self.data]
@@ -370,8 +374,10 @@ def store(recipe):
 def collect(runner):
     """The figures in results/RECIPE.json, and over them those of the jobs that are finished here.
 
-    They are written there, a job a line.
+    They are written there, a job a line. A shortened run's are not, and it reads none.
     """
+    if runner.shortened:
+        return runner.finished()
     file = store(runner.recipe)
     jobs = json.loads(file.read_text()) if file.exists() else {}
     jobs |= runner.finished()
@@ -624,7 +630,9 @@ def replace(text, name, new):
 
 def write(runner):
     """Write RESULTS.md, and the README's tables, from results/ and what is finished here."""
-    collect(runner)
+    jobs = collect(runner)
+    if runner.shortened:
+        return print(arms_table(runner.recipe, jobs))
     readme = ROOT / "README.md"
     text, parts = readme.read_text(), [HEAD]
     for recipe in SEARCH:
