@@ -87,7 +87,7 @@ class Run:
         precision = runtime.precision(args, next(self.modules["model"].parameters()).device)
         begins = f"goes on from step {self.start}" if self.start else "new run"
         if self.start >= self.steps:
-            again = ", evaluated again" if (self.folder / "best.pt").exists() else ""
+            again = "" if args.stage == "teacher" else ", evaluated again"
             begins = f"finished already: nothing to train{again}"
         runtime.say(f"{args.stage}.py reads {args.data}: {args.images} images, {labels}")
         runtime.say(f"{self.steps} steps of {args.batch_size} images, {epochs:.4g} epochs, in "
@@ -123,7 +123,8 @@ class Run:
 
     def compare_arguments(self, then):
         now = vars(self.args)
-        then = {"class_names": now.get("class_names")} | then       # older runs do not know them
+        for key in ("class_names", "eval_crop"):            # older runs do not know them
+            then = {key: now.get(key)} | then
         same = {path for path, contents in CONTENTS.items()
                 if now.get(contents) and now[contents] == then.get(contents)}
         if Path(now["data"]).name != Path(then["data"]).name:       # cifar10, cifar100: as many

@@ -98,7 +98,6 @@ RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
     tokenizer="runs/demo/tokenizer",
     epochs=5,
     warmup_epochs=0.2,
-    save_every=5,
 )
 
 
@@ -152,7 +151,10 @@ class AugmentAndMask:
 
 
 def load_tokenizer(args):
-    """The frozen tokenizer and its checkpoint. A code of it must describe a patch of the ViT."""
+    """The frozen tokenizer, its digest, and its centre crop in evaluation, share of the side.
+
+    A code of it must describe a patch of the ViT.
+    """
     state = checkpoint.load(
         args.tokenizer, ["tokenizer"], "--tokenizer", f"tokenizer.py --recipe {args.recipe}")
     tokenizer = restore(f"--tokenizer {args.tokenizer}", state)
@@ -164,7 +166,7 @@ def load_tokenizer(args):
             f"--tokenizer {args.tokenizer}: its codes of {tokenizer.stride} px do not fit the "
             f"ViT's {grid}×{grid} patches of {args.patch_size} px: train one of about that stride, "
             "or change --patch-size")
-    return tokenizer.eval().requires_grad_(False), state
+    return tokenizer.eval().requires_grad_(False), state["digest"], state["args"]["eval_crop"]
 
 
 def build(args, codes):
@@ -245,8 +247,7 @@ def main(args):
     device = runtime.device()
 
     # The tokenizer; its digest is an argument, since other codes are other targets.
-    tokenizer, tokenizer_state = load_tokenizer(args)
-    args.tokenizer_digest = tokenizer_state["digest"]
+    tokenizer, args.tokenizer_digest, args.eval_crop = load_tokenizer(args)
     tokenizer.to(device, memory_format=torch.channels_last)
 
     # The model and its optimizer
@@ -267,8 +268,8 @@ def main(args):
                                  f"{grid * grid} patches; at least one of each kind is needed")
     masks = (grid, masked, 0 if args.mae else args.mask_block)
     transform = AugmentAndMask(augment, *masks)
-    eval_crop = tokenizer_state["args"]["eval_crop"]        # evaluated as the tokenizer was
-    val_transform = AugmentAndMask(transforms.evaluation(args.image_size, eval_crop), *masks)
+    evaluation = transforms.evaluation(args.image_size, args.eval_crop)     # as the tokenizer's
+    val_transform = AugmentAndMask(evaluation, *masks)
 
     # The run: a new one, or from where it stopped
     run = Run(args, len(dataset), optimizer, model_args, modules)

@@ -56,7 +56,6 @@ RECIPES = {
     "paper": PAPER,
     "demo": PAPER | dict(       # our choice
         data="synthetic:2000",
-        classes=11,
         init="runs/demo/pretrain",
         image_size=64,
         model="nano",

@@ -200,6 +200,7 @@ def read(args):
     if args.init != "none":
         maker = "finetune.py" if args.eval else "pretrain.py"
         state = read_state(args.init, None, "--init", f"{maker} --recipe {args.recipe}")
+        state.pop("optimizer", None)                        # twice as large as the weights
     args.init_digest = state.get("digest") if state is not None else None
     return state
 

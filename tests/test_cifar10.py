@@ -25,7 +25,7 @@ import tokenizer
 from codebook import VQTokenizer
 from tools import cifar10, codewords
 
-TINY = ["--batch-size", "8", "--steps", "2", "--workers", "0", "--amp", "fp32"]
+TINY = ["--batch-size", "8", "--workers", "0", "--amp", "fp32"]
 ALL_ABLATIONS = cifar10.ablations
 
 
@@ -33,11 +33,13 @@ class InProcess(cifar10.Runner):
     """Runs the same command lines in this process, at a size of nothing."""
 
     def __init__(self):
-        super().__init__("cifar-cpu", data="tiny")
-        self.extra = TINY                                   # though short, its figures count
+        super().__init__("cifar-cpu", data="tiny", extra=TINY)
+        self.length = ["--steps", "2"]                      # though short, its figures count
 
     def run(self, jobs):
         for name, (script, flags) in jobs.items():
+            if self.job(name)["finished"]:
+                continue
             command = self.command(name, script, flags)
             if script.startswith("tools."):
                 tool = importlib.import_module(script)
@@ -139,7 +141,7 @@ def test_what_is_not_finished_is_no_result(finished):
 
 
 def test_a_shortened_run_writes_no_results(finished, root, capsys):
-    runner = cifar10.Runner("cifar-cpu", extra=["--steps", "2"])
+    runner = cifar10.Runner("cifar-cpu", length=["--steps", "2"])
     whole = runner.folder.with_name("cifar-cpu")
     runner.folder.symlink_to(whole.absolute())              # as if these runs had been its own
     cifar10.write(finished)
@@ -150,6 +152,37 @@ def test_a_shortened_run_writes_no_results(finished, root, capsys):
     assert files == {file: file.read_bytes() for file in root.rglob("*.md")}
     table = cifar10.arms_table("cifar-cpu", finished.finished())
     assert capsys.readouterr().out == f"{table}\n"
+    other = cifar10.Runner("cifar-cpu", length=["--epochs", "1"])
+    assert len({runner.folder, other.folder, whole}) == 3
+
+
+@pytest.mark.parametrize("flags", [["--steps=2"], ["--step", "2"], ["--epochs", "2"]])
+def test_a_length_in_any_spelling_is_one(flags, monkeypatch):
+    runners = []
+    monkeypatch.setattr(cifar10, "run_seeds", lambda runner, *_: runners.append(runner))
+    monkeypatch.setattr(cifar10, "write", lambda runner: None)
+    cifar10.main([*flags, "--lr", "1e-3"])
+    runner = runners[0]
+    assert runner.shortened and runner.extra == ["--lr", "1e-3"]
+    command = runner.command("job", "finetune.py", "--epochs 15 --seed 1")
+    assert "15" not in command and command[command.index("--seed") + 2] in ("--steps", "--epochs")
+
+
+def test_figures_of_other_commands_are_not_mixed_in(finished, root, capsys):
+    """The stored ones of a seed that is not here go with those that are, or all of them go."""
+    def of_commands(change):
+        file = Path("results/cifar-cpu.json")
+        cifar10.write(finished)
+        jobs = json.loads(file.read_text())
+        jobs["elsewhere"] = dict(jobs["teacher"])
+        jobs["teacher"]["command"] += change
+        file.write_text(json.dumps(jobs))
+        return "elsewhere" in cifar10.collect(finished)
+
+    assert of_commands(" --workers 4")
+    assert not capsys.readouterr().out
+    assert not of_commands(" --data other")
+    assert "results/cifar-cpu.json: of other commands" in capsys.readouterr().out
 
 
 def test_few_labels_are_few(finished):
@@ -195,6 +228,7 @@ def test_arms_are_compared_seed_by_seed():
     jobs = {f"{name}-{seed}": dict(figures=dict(top1=top1))
             for name, seeds in values.items() for seed, top1 in enumerate(seeds)}
     assert "| peco − pixel | **+3.0 ± 0.6** (3) |  |" in cifar10.comparisons(jobs)
+    assert cifar10.verdict([2.0, 2.1]) == "+2.0 ± 0.1 (2)"
     assert cifar10.verdict([-2.0, 4.0]) == "+1.0 ± 3.0 (2)"
     assert cifar10.verdict([-2.0]) == "−2.0 (1)"
 
@@ -299,7 +333,7 @@ def script(name, *lines):
 
 def test_what_is_finished_is_not_run_again():
     name, _ = script("count.py", "open('count', 'a').write('x')")
-    for flags in ("", "", "--seed 1"):                      # the third is another command
+    for flags in ("", "--workers 0", "--seed 1"):           # the third is another command
         cifar10.Runner("cifar", 2).run({"job": (name, flags)})
     assert Path("count").read_text() == "xx"
 

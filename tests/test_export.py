@@ -102,6 +102,13 @@ def test_preprocess_takes_files_images_and_pixels(chain):
             preprocess(image)
 
 
+def test_preprocess_crops_as_the_runs_evaluation_did(chain):
+    whole, cropped = transforms.evaluation(32, 1.0), transforms.evaluation(32, 0.875)
+    for run_of, expected in ((chain.tokenizer, whole), (chain.pretrain, whole),
+                             (chain.teacher, cropped)):
+        assert torch.equal(weights.load(run_of).preprocess(IMAGE), expected(IMAGE))
+
+
 def test_load_depends_on_no_other_file(chain, monkeypatch):
     """Of the chain only one run is taken along; its paths lead nowhere."""
     shutil.copytree(chain.pretrain, "moved")

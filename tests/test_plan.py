@@ -1,4 +1,4 @@
-"""python -m tools.plan: what it says is what a step takes."""
+"""python -m tools.plan: what it says is what a step takes. And tools.bench, on real files."""
 import re
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import runtime
 import tokenizer
 from codebook import VQTokenizer
 from model import VisionTransformer
-from tools import plan
+from tools import bench, plan
 
 # The training pass over the forward pass, FLOPs: 3, and less with frozen networks beside it.
 RATIO = {"teacher": (1.1, 2.5), "tokenizer": (1.5, 2.9), "pretrain": (1.1, 2.9)}
@@ -207,3 +207,22 @@ def test_without_a_perceptual_loss_there_is_no_network_of_it(chain):
     assert pixel.trained == whole.trained
     assert pixel.forward < whole.forward
     assert pixel.held < whole.held
+
+
+# ------------------------------------------------------------------------------------------------
+# tools/bench.py
+
+def test_the_benchmark_of_pretraining_has_a_tokenizer_that_loads(folder, monkeypatch):
+    """Its checkpoint is written by hand: it must have what pretrain.py reads of one."""
+    def main(args):
+        network, _, crop = pretrain.load_tokenizer(args)
+        assert (len(network.quantizer.codebook), crop) == (32, 0.875)
+        Path(args.output).mkdir()
+        Path(args.output, "log.jsonl").write_text('{"images_per_s": 2.0}\n')
+
+    small = ["--channels", *["16"] * 5, "--codebook-size", "32", "--code-dim", "8"]
+    monkeypatch.setattr(
+        bench, "TOKENIZER", tokenizer.get_args([*small, "--perceptual-weight", "0"]))
+    monkeypatch.setattr(pretrain, "main", main)
+    args = bench.get_args(["--data", "photos", "--batch-size", "4"])
+    assert bench.Bench(args).end_to_end().function() == 2.0

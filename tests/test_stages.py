@@ -261,7 +261,7 @@ def test_an_evaluation_of_pretraining_changes_nothing(flags, chain, monkeypatch)
 def test_an_evaluation_of_pretraining_is_the_mean_over_its_images(chain):
     """Whatever the batches and workers: all images under the same masks, by hand too."""
     args = pretrain.get_args([*COMMON, *chain.inputs["pretrain"], "--output", "."])
-    tokenizer, _ = pretrain.load_tokenizer(args)
+    tokenizer, _, _ = pretrain.load_tokenizer(args)
     dataset, device = data.load_dataset("synthetic:64", "val", 32), torch.device("cpu")
     torch.manual_seed(0)
     vit, _, _ = pretrain.build(args, codes=32)

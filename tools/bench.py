@@ -285,7 +285,9 @@ class Bench:
         network, _, _, model_args = tokenizer.build(TOKENIZER, None)
         nn.init.normal_(network.quantizer.codebook)
         checkpoint.write(folder / "tokenizer.pt", dict(
-            stage="tokenizer", model=network.state_dict(), model_args=model_args))
+            stage="tokenizer", step=0, epoch=0, best=None, optimizer={},
+            args=dict(eval_crop=TOKENIZER.eval_crop),
+            model=network.state_dict(), model_args=model_args))
         output = folder / "run"
         flags = dict(data=self.args.data, tokenizer=folder / "tokenizer.pt", output=output,
                      batch_size=self.batch, amp=self.args.amp, steps=4, log_every=2)
@@ -467,4 +469,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(get_args())
+    runtime.launch_tool("bench", lambda: main(get_args()))

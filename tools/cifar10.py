@@ -8,7 +8,7 @@ runs/RECIPE/; what is finished is not run again, what was stopped goes on where 
 and when stopped, it writes the figures of what is finished to results/RECIPE.json, and from these
 RESULTS.md and the README's table. So seeds may be run one after another; on another machine too, if
 it has the perceptual networks and the search of the first in its runs/. With --steps or --epochs,
-to try it, it runs into runs/RECIPE-short/ and only prints its table.
+to try it, it has a folder of its own and only prints its table.
 """
 import json
 import os
@@ -76,7 +76,6 @@ JUDGE = "scratch-long"          # whose classifier judges reconstructions: no pe
 ATTACKED = 1000                 # test images that are attacked; our choice
 CHANCE = 10.0                   # % of ten classes
 NOT_RUN = "*not run*"
-LENGTHS = {"--epochs", "--steps"}
 
 
 def ablations(recipe):
@@ -125,20 +124,21 @@ def ablations(recipe):
 class Runner:
     """Runs command lines, `jobs` side by side, each in runs/RECIPE/NAME/, and reads their logs.
 
-    data: --data of the stages; None: the recipe's. extra: a list of more flags for every stage.
+    data: --data of the stages; None: the recipe's. length: two words, --steps or --epochs and how
+    many, of every job; empty: their own. extra: more flags for every stage.
 
     A job's folder has a job.json: its command, its seconds so far, whether it is finished. To run a
     job anew (another stage before it was, say), delete the folder.
     """
 
-    def __init__(self, recipe, jobs=1, data=None, extra=()):
+    def __init__(self, recipe, jobs=1, data=None, length=(), extra=()):
         self.recipe, self.jobs = recipe, jobs
         self.data = ["--data", data] if data else []
-        self.extra = list(extra)
-        self.shortened = bool(LENGTHS & set(extra))         # so its figures are no results
-        self.folder = Path("runs", f"{recipe}-short" if self.shortened else recipe)
+        self.length, self.extra = list(length), list(extra)
+        self.shortened = bool(length)                       # so its figures are no results
+        self.folder = Path("runs", recipe + "".join(length))        # say, cifar-cpu--steps20
         self.running = {}                                   # name → (process, command, start time)
-        self.stopped = False
+        self.stopped, self.told = False, set()              # the names of those told to end
         self.failed = None                                  # (name, status, command) of the first
 
     def stop(self, *_):
@@ -159,10 +159,10 @@ class Runner:
         flags = flags.format(folder=self.folder)
         if script.startswith("tools."):
             return ["python", "-m", script, *flags.split()]
-        if LENGTHS & set(self.extra):                       # then all jobs have that length
+        if self.length:
             flags = re.sub(r"--(epochs|steps) \S+", "", flags)
         own = ["--recipe", self.recipe, "--output", f"{self.folder}/{name}"]
-        return ["python", script, *own, *flags.split(), *self.extra, *self.data]
+        return ["python", script, *own, *flags.split(), *self.length, *self.extra, *self.data]
 
     def run(self, jobs):
         """Run those of {name: (script, flags)} that are not finished, in this order.
@@ -173,7 +173,7 @@ class Runner:
         for name, (script, flags) in jobs.items():
             command = self.command(name, script, flags)
             job = self.job(name)
-            if not job["finished"] or job["command"] != shlex.join(command):
+            if not job["finished"] or not same(job["command"], shlex.join(command)):
                 waiting[name] = command
         threads = max(1, (os.cpu_count() or 1) // max(1, min(self.jobs, len(waiting))))
         while waiting or self.running:
@@ -207,8 +207,9 @@ class Runner:
     def look_after(self, name):
         """Note a job that ended; one that failed stops the others."""
         process, command, begun = self.running[name]
-        if self.stopped:
+        if self.stopped and name not in self.told:
             process.terminate()                             # a stage then writes a checkpoint
+            self.told.add(name)
         status = process.poll()
         if status is None:
             return
@@ -252,6 +253,11 @@ class Runner:
                 command=job["command"], seconds=round(job["seconds"]), jobs=job["jobs"],
                 hardware=about.get("hardware"), torch=about.get("torch"), figures=rows[-1])
         return jobs
+
+
+def same(one, other):
+    """Whether two command lines do the same: loader processes change nothing."""
+    return re.sub(r" --workers \d+", "", one) == re.sub(r" --workers \d+", "", other)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -333,19 +339,26 @@ def evaluations(recipe, arm, seed, best):
     return jobs
 
 
+def best_setting(runner):
+    """(lr, drop path) of training from scratch"""
+    scores = search(collect(runner), runner.recipe)
+    return max(scores, key=scores.get)
+
+
 def run_seeds(runner, arms, seeds):
     runner.run(networks(runner))
-    scores = search(collect(runner), runner.recipe)
-    best = max(scores, key=scores.get)
-    jobs = {}
+    best, jobs = best_setting(runner), {}
     for seed in seeds:
         jobs |= chain(runner, arms, seed, best)
     runner.run(jobs)
 
 
 def run_ablations(runner):
-    """A tokenizer, its codewords, one pre-training and one fine-tuning for each entry."""
-    jobs = {}
+    """A tokenizer, its codewords, one pre-training and one fine-tuning for each entry.
+
+    They are compared with PeCo of seed 0, and judged by its judge.
+    """
+    jobs = chain(runner, ["peco"], 0, best_setting(runner))
     for entries in ablations(runner.recipe).values():
         for name, flags, pretrain_flags in entries.values():
             own = flags is not None
@@ -374,13 +387,19 @@ def store(recipe):
 def collect(runner):
     """The figures in results/RECIPE.json, and over them those of the jobs that are finished here.
 
-    They are written there, a job a line. A shortened run's are not, and it reads none.
+    They are written there, a job a line. A shortened run's are not, and it reads none. Stored ones
+    of other commands, on other data say, do not go with these: then they are left out.
     """
+    own = runner.finished()
     if runner.shortened:
-        return runner.finished()
+        return own
     file = store(runner.recipe)
     jobs = json.loads(file.read_text()) if file.exists() else {}
-    jobs |= runner.finished()
+    shared = own.keys() & jobs.keys()
+    if not all(same(own[name]["command"], jobs[name]["command"]) for name in shared):
+        print(f"{file}: of other commands, so it is written anew")
+        jobs = {}
+    jobs |= own
     if jobs:
         file.parent.mkdir(exist_ok=True)
         lines = [f"{json.dumps(name)}: {json.dumps(jobs[name])}" for name in sorted(jobs)]
@@ -484,10 +503,13 @@ def comparisons(jobs):
 
 
 def verdict(gaps):
-    """Mean ± standard error, in bold where it is more than two errors away from zero; seeds."""
+    """Mean ± standard error, in bold where it is two errors and more from zero; seeds.
+
+    The error of two values is hardly known, so those are never bold.
+    """
     mean, error = mean_and_error(gaps)
     text = f"{mean:+.1f}" if len(gaps) == 1 else f"{mean:+.1f} ± {error:.1f}"
-    if abs(mean) > 2 * error:                               # never of NaN, the error of one seed
+    if len(gaps) > 2 and abs(mean) > 2 * error:
         text = f"**{text}**"
     return f"{text} ({len(gaps)})".replace("-", "−")
 
@@ -531,7 +553,8 @@ def section(recipe, jobs):
         "network and tokenizer, which PeCo takes besides: see the seconds below.",
         f"<!-- {recipe} table -->\n{arms_table(recipe, jobs)}\n<!-- end -->",
         "Arms of one seed share its labels, order and initial weights, so they are compared seed "
-        "by seed. In bold what is more than two standard errors; in brackets the seeds.",
+        "by seed. In bold what is more than two standard errors, of three seeds at least; in "
+        "brackets the seeds.",
         comparisons(jobs),
         "### Codewords",
         "On the 10,000 test images. Linear: top-1 of a linear classifier on the average-pooled "
@@ -657,12 +680,19 @@ def main(argv=None):
     p.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="which to run")
     p.add_argument("--jobs", type=commandline.positive, default=2,
                    help="command lines side by side")
+    length = p.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=commandline.positive, help="of every job, to try it")
+    length.add_argument("--epochs", type=commandline.positive, help="the same")
     p.add_argument("--ablations", action="store_true", help="also the paper's ablations")
     p.add_argument("--report", action="store_true",
                    help="run nothing, only write RESULTS.md and the README's table")
     args, extra = p.parse_known_args(argv)
     os.chdir(ROOT)
-    runner = Runner(args.recipe, args.jobs, args.data, extra)
+    length = []
+    for flag in ("steps", "epochs"):
+        if getattr(args, flag):
+            length = [f"--{flag}", str(getattr(args, flag))]
+    runner = Runner(args.recipe, args.jobs, args.data, length, extra)
     if args.report:
         return write(runner)
     for number in (signal.SIGINT, signal.SIGTERM):

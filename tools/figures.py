@@ -59,9 +59,7 @@ def masked_predictions(run, masked=None, number=8):
     if args.get("mae"):
         raise InputError(f"{run}: a run with --mae: its predictions are not drawn")
     vit, tokenizer = load(run), load(args["tokenizer"], ["tokenizer"])
-    own_size = tokenizer.image_size == vit.image_size       # then as the tokenizer was evaluated
-    preprocess = tokenizer.preprocess if own_size else vit.preprocess
-    images = validation_images(args, preprocess, number)
+    images = validation_images(args, vit.preprocess, number)
     masked = masked or round(args["mask_ratio"] * vit.grid ** 2)
     if not 0 < masked < vit.grid ** 2:
         raise InputError(f"--masked {masked}: an image has {vit.grid ** 2} patches")
