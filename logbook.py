@@ -87,7 +87,7 @@ class Run:
         precision = runtime.precision(args, next(self.modules["model"].parameters()).device)
         begins = f"goes on from step {self.start}" if self.start else "new run"
         if self.start >= self.steps:
-            again = "" if args.stage == "teacher" else ", evaluated again"
+            again = ", evaluated again" if (self.folder / "best.pt").exists() else ""
             begins = f"finished already: nothing to train{again}"
         runtime.say(f"{args.stage}.py reads {args.data}: {args.images} images, {labels}")
         runtime.say(f"{self.steps} steps of {args.batch_size} images, {epochs:.4g} epochs, in "
