@@ -124,7 +124,7 @@ class Run:
     def compare_arguments(self, then):
         now = vars(self.args)
         for key in ("class_names", "eval_crop"):            # older runs do not know them
-            then = {key: now.get(key)} | then
+            then.setdefault(key, now.get(key))
         same = {path for path, contents in CONTENTS.items()
                 if now.get(contents) and now[contents] == then.get(contents)}
         if Path(now["data"]).name != Path(then["data"]).name:       # cifar10, cifar100: as many

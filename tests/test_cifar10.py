@@ -32,9 +32,9 @@ ALL_ABLATIONS = cifar10.ablations
 class InProcess(cifar10.Runner):
     """Runs the same command lines in this process, at a size of nothing."""
 
-    def __init__(self):
-        super().__init__("cifar-cpu", data="tiny", extra=TINY)
-        self.length = ["--steps", "2"]                      # though short, its figures count
+    def __init__(self, length=()):
+        super().__init__("cifar-cpu", data="tiny", length=length, extra=TINY)
+        self.folder = Path("runs/cifar-cpu")                # though short, its figures count
 
     def run(self, jobs):
         for name, (script, flags) in jobs.items():
@@ -74,9 +74,10 @@ def root(tmp_path_factory):
             patch.setattr(cifar10, "ROOT", root)
             patch.setattr(cifar10, "ablations", few_ablations)
             patch.setattr(finetune, "linear_probe", partial(finetune.linear_probe, steps=20))
-            cifar10.run_seeds(InProcess(), list(cifar10.ARMS), [0])
-            cifar10.run_seeds(InProcess(), TWICE, [1])
-            cifar10.run_ablations(InProcess())
+            runner = InProcess(["--steps", "2"])
+            cifar10.run_seeds(runner, list(cifar10.ARMS), [0])
+            cifar10.run_seeds(runner, TWICE, [1])
+            cifar10.run_ablations(runner)
     finally:
         os.chdir(before)
     return root
@@ -163,7 +164,7 @@ def test_a_length_in_any_spelling_is_one(flags, monkeypatch):
     monkeypatch.setattr(cifar10, "write", lambda runner: None)
     cifar10.main([*flags, "--lr", "1e-3"])
     runner = runners[0]
-    assert runner.shortened and runner.extra == ["--lr", "1e-3"]
+    assert runner.length and runner.extra == ["--lr", "1e-3"]
     command = runner.command("job", "finetune.py", "--epochs 15 --seed 1")
     assert "15" not in command and command[command.index("--seed") + 2] in ("--steps", "--epochs")
 

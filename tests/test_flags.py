@@ -312,6 +312,13 @@ def test_without_docstrings(module, monkeypatch, capsys):
     assert "usage: " in capsys.readouterr().out
 
 
+@pytest.mark.long                                           # it compiles all of PyTorch
+@pytest.mark.parametrize("module", [["teacher.py"], ["-m", "tools.report"]], ids=" ".join)
+def test_without_docstrings_in_a_process(module):
+    status, _, err = outcome([sys.executable, "-OO", *module, "--help"])
+    assert (status, err) == (0, b"")
+
+
 def test_a_locale_of_ascii():
     ascii_only = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     status, out, err = outcome([sys.executable, "tokenizer.py", "--help"], **ascii_only)

@@ -320,6 +320,18 @@ def test_a_resumed_run_ends_bit_identical(stage, chain, monkeypatch):
     assert weights(newest(output)) == weights(whole)
 
 
+def test_a_run_of_an_older_version_goes_on(chain):
+    """Its arguments lack what pretrain.py has kept since."""
+    flags = [*chain.inputs["pretrain"], "--output", "run"]
+    run("pretrain", *flags, "--steps", "6")
+    for file in checkpoint.files("run"):
+        state = torch.load(file, weights_only=True)
+        del state["digest"], state["args"]["eval_crop"]
+        checkpoint.write(file, state)
+    run("pretrain", *flags, "--steps", "6")
+    assert len(log("run", "val")) == 3                      # two epochs' ends, and again at the end
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_another_seed_ends_elsewhere(stage, chain):
     run(stage, *chain.inputs[stage], "--seed", "1", "--steps", "4", "--output", "other")
@@ -336,7 +348,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(stage, chain, monkeypatch):
     clean = data.Samples.__getitem__
     left = 64 + 5                                           # samples before the bad one
     if stage != "teacher":
-        left += 40                                         # of the evaluation after an epoch
+        left += 40                                          # of the evaluation after an epoch
 
     def keep(self, *arguments, **keywords):
         init(self, *arguments, **keywords)

@@ -125,7 +125,8 @@ class Runner:
     """Runs command lines, `jobs` side by side, each in runs/RECIPE/NAME/, and reads their logs.
 
     data: --data of the stages; None: the recipe's. length: two words, --steps or --epochs and how
-    many, of every job; empty: their own. extra: more flags for every stage.
+    many, of every job, whose figures are then no results; empty: their own. extra: more flags for
+    every stage.
 
     A job's folder has a job.json: its command, its seconds so far, whether it is finished. To run a
     job anew (another stage before it was, say), delete the folder.
@@ -135,7 +136,6 @@ class Runner:
         self.recipe, self.jobs = recipe, jobs
         self.data = ["--data", data] if data else []
         self.length, self.extra = list(length), list(extra)
-        self.shortened = bool(length)                       # so its figures are no results
         self.folder = Path("runs", recipe + "".join(length))        # say, cifar-cpu--steps20
         self.running = {}                                   # name → (process, command, start time)
         self.stopped, self.told = False, set()              # the names of those told to end
@@ -387,11 +387,11 @@ def store(recipe):
 def collect(runner):
     """The figures in results/RECIPE.json, and over them those of the jobs that are finished here.
 
-    They are written there, a job a line. A shortened run's are not, and it reads none. Stored ones
-    of other commands, on other data say, do not go with these: then they are left out.
+    They are written there, a job a line. Those of shortened jobs are not. Stored ones of other
+    commands, on other data say, do not go with these: then they are left out.
     """
     own = runner.finished()
-    if runner.shortened:
+    if runner.length:
         return own
     file = store(runner.recipe)
     jobs = json.loads(file.read_text()) if file.exists() else {}
@@ -503,7 +503,7 @@ def comparisons(jobs):
 
 
 def verdict(gaps):
-    """Mean ± standard error, in bold where it is two errors and more from zero; seeds.
+    """Mean ± standard error, in bold where it is more than two errors away from zero; seeds.
 
     The error of two values is hardly known, so those are never bold.
     """
@@ -654,7 +654,7 @@ def replace(text, name, new):
 def write(runner):
     """Write RESULTS.md, and the README's tables, from results/ and what is finished here."""
     jobs = collect(runner)
-    if runner.shortened:
+    if runner.length:
         return print(arms_table(runner.recipe, jobs))
     readme = ROOT / "README.md"
     text, parts = readme.read_text(), [HEAD]
