@@ -242,6 +242,14 @@ def test_seeds_are_told_from_other_numbers():
     assert cifar10.of_seeds(jobs, "finetune-10-peco", "top1") == {0: 3.0}
 
 
+def test_epochs_are_those_of_the_runs():
+    """And not the recipe's of today, with which they need not have run."""
+    jobs = {"teacher": dict(figures=dict(epoch=7.0), hardware=None),
+            "pretrain-peco-3": dict(figures=dict(epoch=2.5), hardware=None)}
+    sentences = cifar10.setting("cifar-cpu", jobs)
+    assert "teacher 7, tokenizer *not run*, pretrain 2.5, finetune *not run*;" in sentences
+
+
 def test_the_readme_shows_the_table_of_results():
     """Both are written by the tool: neither was edited by hand."""
     tables = []

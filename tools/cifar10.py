@@ -27,7 +27,6 @@ import torch
 import commandline
 import finetune
 import pretrain
-import teacher
 import tokenizer
 from model import SIZES
 
@@ -593,14 +592,18 @@ def setting(recipe, jobs):
     """The sentences on network, epochs, hardware and data."""
     vit = pretrain.RECIPES[recipe]
     size = SIZES[vit["model"]]
-    epochs = ", ".join(f"{stage.__name__} {stage.RECIPES[recipe]['epochs']}"
-                       for stage in (teacher, tokenizer, pretrain, finetune))
+    lengths = []                                            # of the runs, not of today's recipes
+    for prefix in ("teacher", "tokenizer-peco", "pretrain-peco", "finetune-peco"):
+        epochs = [job["figures"]["epoch"] for name, job in jobs.items()
+                  if re.fullmatch(rf"{prefix}(-\d+)?", name)]
+        stage = prefix.partition("-")[0]
+        lengths.append(f"{stage} {epochs[0]:g}" if epochs else f"{stage} {NOT_RUN}")
     few = ", ".join(f"`{flags}`" for flags in FEW_LABELS[recipe].values())
     machines = {f"{job['hardware']}, PyTorch {job['torch']}": None for job in jobs.values()
                 if job["hardware"]}
     return (f"ViT-{vit['model']} ({size['dim']} wide, {size['depth']} blocks), patches of "
-            f"{vit['patch_size']} of 32 pixels. Epochs: {epochs}; the rest: `RECIPES` in each "
-            f"script. Few labels: {few}. Hardware: {'; '.join(machines) or NOT_RUN}.")
+            f"{vit['patch_size']} of 32 pixels. Epochs: {', '.join(lengths)}; the rest: `RECIPES` "
+            f"in each script. Few labels: {few}. Hardware: {'; '.join(machines) or NOT_RUN}.")
 
 
 def attacks_table(jobs):
