@@ -50,7 +50,8 @@ def write(path, state):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)                                    # the renaming itself
+        with contextlib.suppress(OSError):                  # not every file system can
+            os.fsync(folder)                                # the renaming itself
         os.close(folder)
     except (OSError, RuntimeError) as error:               # torch.save: RuntimeError on a full disk
         with contextlib.suppress(OSError):
@@ -82,7 +83,8 @@ def intact(folder):
 
 def files(folder):
     """The checkpoints of a run's folder, the newest first."""
-    return sorted(Path(folder).glob("step-*.pt"), reverse=True)
+    digits = "[0-9]" * 8                                    # not a copy under a longer name
+    return sorted(Path(folder).glob(f"step-{digits}.pt"), reverse=True)
 
 
 def folder_of(run):

@@ -66,6 +66,7 @@ class Run:
             lock(self.folder)
             for temporary in self.folder.glob("*.tmp"):    # of a run that was killed while it wrote
                 temporary.unlink(missing_ok=True)
+            cut_torn_line(self.folder / "log.jsonl")
         if checkpoint.files(self.folder):
             self.resume()
         self.same_on_all_ranks()
@@ -340,6 +341,14 @@ def lock(folder):
             return
         raise InputError(f"--output {folder}: a run that is still alive writes there; stop it "
                          "(ranks may outlive their torchrun) or choose another") from error
+
+
+def cut_torn_line(file):
+    """Cut off the last line of a log where it is not whole: a full disk or a power failure."""
+    log = file.read_bytes()
+    whole = log.rfind(b"\n") + 1
+    if whole < len(log):
+        os.truncate(file, whole)
 
 
 def append(folder, printed=None, /, **row):

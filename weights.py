@@ -95,7 +95,7 @@ def refuse_other_names(source, state, data, names):
 
     source, data: what messages call the two.
     """
-    known = class_names(state) if state.get("stage") == "finetune" else None
+    known = class_names(state) if state and state.get("stage") == "finetune" else None
     for i, (own, name) in enumerate(zip(known or names, names, strict=False)):
         if own != name:
             raise InputError(f"{data}: its class {i} is {name}, that of {source} is {own}")

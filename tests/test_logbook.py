@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import signal
+import stat
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -482,6 +483,36 @@ def test_leftovers_of_a_killed_run_are_removed():
     Path("run/step-00000005.tmp").write_bytes(b"half")
     assert Stage().begin() == 0
     assert files() == []
+
+
+def test_half_a_line_of_a_killed_run_is_cut_off():
+    trained()
+    whole = rows()
+    with open("run/log.jsonl", "a") as log:
+        log.write('{"step": 11, "lo')
+    assert Stage().begin() == 10
+    assert rows()[:-1] == whole
+    assert "args" in rows()[-1]
+
+
+def test_a_copy_of_a_checkpoint_is_none_of_the_runs():
+    """It is neither read nor removed."""
+    trained(5)
+    copy = Path("run/step-00000005-backup.pt")
+    copy.write_bytes(Path("run/step-00000005.pt").read_bytes())
+    stage = Stage()
+    assert stage.begin() == 5
+    stage.train(20)
+    assert files() == ["step-00000005-backup.pt", "step-00000015.pt", "step-00000020.pt"]
+
+
+def test_a_file_system_that_cannot_flush_a_folder(monkeypatch):
+    def fsync(file):
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+    monkeypatch.setattr(os, "fsync", fsync)
+    trained(10)
+    assert files() == ["step-00000005.pt", "step-00000010.pt"]
 
 
 def test_an_output_that_cannot_be_written_is_refused():

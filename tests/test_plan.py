@@ -148,6 +148,13 @@ def test_a_run_that_is_not_there_is_said_to_be_the_papers(chain, capsys):
     assert "not there" not in captured.out + captured.err
 
 
+def test_a_run_of_another_stage_is_refused_as_the_stage_does(chain):
+    for stage, flag, run in (("pretrain", "--tokenizer", chain.pretrain),
+                             ("tokenizer", "--perceptual", chain.tokenizer)):
+        with pytest.raises(runtime.InputError, match="found a checkpoint of .*, expected one of t"):
+            plan.main([stage, *COMMON, flag, str(run)])
+
+
 def test_too_much_memory_names_the_accumulation_that_fits(capsys):
     """Searched for by the same count at each number that divides the batch."""
     flags = [*COMMON, *OWN["finetune"], "--init", "none"]
@@ -218,7 +225,8 @@ def test_the_benchmark_of_pretraining_has_a_tokenizer_that_loads(folder, monkeyp
         network, _, crop = pretrain.load_tokenizer(args)
         assert (len(network.quantizer.codebook), crop) == (32, 0.875)
         Path(args.output).mkdir()
-        Path(args.output, "log.jsonl").write_text('{"images_per_s": 2.0}\n')
+        rows = '{"images_per_s": 1.0}\n{"images_per_s": 2.0}\n{"split": "val"}\n'
+        Path(args.output, "log.jsonl").write_text(rows)
 
     small = ["--channels", *["16"] * 5, "--codebook-size", "32", "--code-dim", "8"]
     monkeypatch.setattr(

@@ -538,8 +538,9 @@ def test_evaluation_repeats_what_the_training_logged(chain):
     assert [path.name for path in output.iterdir()] == ["log.jsonl"]    # one line, no checkpoint
     (line,) = log(output, "val")
     assert line == line | row
-    with pytest.raises(runtime.InputError, match="no classifier of 10 classes"):
-        run("finetune", "--eval", "--init", str(chain.pretrain))
+    for init in (str(chain.pretrain), "none"):
+        with pytest.raises(runtime.InputError, match="no classifier of 10 classes"):
+            run("finetune", "--eval", "--init", init)
 
 
 def test_holdout_is_never_trained_on_and_stands_for_the_validation_images(chain, monkeypatch):

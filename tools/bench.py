@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +136,7 @@ class Bench:
             makers["peer: PIL and torchvision v2, 32 files"] = self.torchvision_pipeline
         only = self.args.only
         if self.args.repeats == 0:                          # for the memory of one row alone
-            return {only: makers[only]}
+            return {name: maker for name, maker in makers.items() if only == name}
         return {name: maker for name, maker in makers.items() if only in name}
 
     # ---- Inputs and targets
@@ -295,12 +296,14 @@ class Bench:
                                   for name, value in flags.items()])
 
         def run():
-            # tqdm needs a file
-            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
+            # tqdm needs a file; the evaluation at the end is not timed
+            with (contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()),
+                  mock.patch.object(pretrain, "evaluate", return_value={})):
                 pretrain.main(args)
-            last = json.loads((output / "log.jsonl").read_text().splitlines()[-1])
+            rows = map(json.loads, (output / "log.jsonl").read_text().splitlines())
+            rates = [row["images_per_s"] for row in rows if "images_per_s" in row]
             shutil.rmtree(output)
-            return self.batch / last["images_per_s"]        # seconds a step, of the last two
+            return self.batch / rates[-1]                   # seconds a step, of the last two
         return Row(run, self.batch)
 
     # ---- Peers, with PyTorch's default AdamW
@@ -444,6 +447,8 @@ def main(args):
             rows[name] = make()
         except ImportError as error:
             print(f"{name}: {error.name} is not installed", file=sys.stderr)
+    if not rows:
+        raise runtime.InputError(f"--only {args.only}: no such row")
     if args.repeats == 0:
         print(peak_of(rows[args.only].function, bench.device))
         return

@@ -168,11 +168,10 @@ class Runner:
 
         A job whose command names the folders of others waits for these.
         """
-        waiting = {}
+        waiting, finished = {}, self.finished()
         for name, (script, flags) in jobs.items():
             command = self.command(name, script, flags)
-            job = self.job(name)
-            if not job["finished"] or not same(job["command"], shlex.join(command)):
+            if name not in finished or not same(finished[name]["command"], shlex.join(command)):
                 waiting[name] = command
         threads = max(1, (os.cpu_count() or 1) // max(1, min(self.jobs, len(waiting))))
         while waiting or self.running:
@@ -234,6 +233,8 @@ class Runner:
         kind, _, run = name.partition("-")
         tools = ("codewords", "attack")
         log = self.folder / (run if kind in tools else name) / "log.jsonl"
+        if not log.exists():
+            return []
         rows = [json.loads(line) for line in log.read_text().splitlines()]
         if kind in tools:
             return [row for row in rows if kind in row]
@@ -244,9 +245,9 @@ class Runner:
         jobs = {}
         for file in sorted(self.folder.glob("*/job.json")):
             name, job = file.parent.name, json.loads(file.read_text())
-            if not job["finished"]:
-                continue
             rows = self.rows(name)
+            if not job["finished"] or not rows:             # a tool's log goes with another folder
+                continue
             about = next((row for row in rows if "args" in row), {})
             jobs[name] = dict(
                 command=job["command"], seconds=round(job["seconds"]), jobs=job["jobs"],

@@ -88,14 +88,20 @@ def dataset_of(args):
     return images, len(dataset.classes), True
 
 
-def checkpoint_without_weights(path):
-    """What a checkpoint says of its network; None where it is not there, or not ours."""
+def checkpoint_without_weights(path, stages):
+    """What a checkpoint says of its network; None where it is not there, or not ours.
+
+    Raises InputError where it is of none of the stages that may be read there.
+    """
     try:
         state = weights.read_state(path)
     except runtime.InputError:
         return None
     if "model_args" not in state:
         return None
+    if state["stage"] not in stages:
+        raise runtime.InputError(f"{path}: found a checkpoint of {state['stage']}, "
+                                 f"expected one of {' or '.join(stages)}")
     return dict(stage=state["stage"], model_args=state["model_args"], model=None)
 
 
@@ -181,6 +187,8 @@ PLANS = dict(teacher=plan_teacher, tokenizer=plan_tokenizer, pretrain=plan_pretr
              finetune=plan_finetune, segment=plan_segment, detect=plan_detect)
 READS = dict(tokenizer="perceptual", pretrain="tokenizer", finetune="init", segment="init",
              detect="init")
+MADE_BY = dict(perceptual=("teacher", "finetune"), tokenizer=("tokenizer",),
+               init=("teacher", "pretrain", "finetune"))
 KEPT_FROZEN = ("teacher", "finetune")                       # averaged copies are in checkpoints
 
 
@@ -198,8 +206,9 @@ def estimate(args, classes, ranks=1):
     if rest or not micro:
         raise runtime.InputError(f"--batch-size {args.batch_size} does not divide into {ranks} "
                                  f"ranks × {args.accumulate} micro-batches")
-    path = getattr(args, READS.get(args.stage, ""), "none")
-    state = None if path == "none" else checkpoint_without_weights(path)
+    flag = READS.get(args.stage)
+    path = getattr(args, flag) if flag else "none"
+    state = None if path == "none" else checkpoint_without_weights(path, MADE_BY[flag])
     width = args.image_size
     if args.stage == "detect":
         width = min(args.max_size, round(args.image_size * COCO_ASPECT))
