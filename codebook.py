@@ -260,7 +260,7 @@ class ViTDecoder(nn.Module):
         self.grid, self.patch_size = image_size // patch_size, patch_size
         self.embed = nn.Linear(code_dim, dim)
         self.register_buffer("pos_embed", sincos_positions(self.grid, dim))     # (1, 1+N, dim)
-        self.blocks = plain_blocks(dim, depth, heads, self.grid)
+        self.blocks = plain_blocks(dim, depth, heads)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.out = nn.Linear(dim, 3 * patch_size ** 2)
         initialize_xavier(self)
@@ -280,7 +280,7 @@ class ViTDecoder(nn.Module):
 class VQTokenizer(nn.Module):
     """The perceptual codebook: image → codes → image (PeCo, "Learning the PeCo").
 
-    image_size: of its training, pixels (any other works too).
+    image_size: of its training, pixels; any other multiples of the stride work too.
     channels: of each resolution, the first at full size, each next one at half: the stride of the
         codes is 2^(len(channels) − 1). decoder_channels: by default the same.
     decoder_blocks: residual blocks of the decoder at each resolution; by default 2.
@@ -322,9 +322,10 @@ class VQTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images, grid=None):
         """Images (B, 3, H, W) → codes (B, h, w); resized first where another grid is asked for."""
-        if grid is not None and images.shape[-1] != grid * self.stride:
-            side = grid * self.stride
-            images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
+        if grid is not None:
+            size = (grid * self.stride, grid * self.stride)
+            if images.shape[2:] != size:
+                images = F.interpolate(images, size, mode="bicubic", antialias=True)
         z_e = self.encoder(images)                                              # (B, D, h, w)
         with torch.autocast(images.device.type, enabled=False):
             return self.quantizer.encode(z_e.to(self.quantizer.codebook.dtype))
@@ -385,9 +386,9 @@ class PerceptualLoss(nn.Module):
         if self.image_size is None:
             maps = self.network(((images + 1) / 2 - self.mean) / self.std).values()
         else:                                               # a ViT normalises its inputs itself
-            if images.shape[-1] != self.image_size:         # in fp32: bf16 has no such kernel
-                side = self.image_size
-                images = F.interpolate(images.float(), (side, side), mode="bicubic", antialias=True)
+            size = (self.image_size, self.image_size)
+            if images.shape[2:] != size:                    # in fp32: bf16 has no such kernel
+                images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
             maps = self.network.features(images, self.layers)
         return [normalise(f) for f in maps]
 

@@ -91,7 +91,8 @@ def parser(stage, doc):
     shared.add_argument("--batch-size", type=positive,
                         help="images of a step, over all ranks and micro-batches")
     shared.add_argument("--accumulate", type=positive, default=1,
-                        help="micro-batches of a step on each rank; more of them take less memory")
+                        help="micro-batches of a step on each rank; more of them take less memory "
+                             "(teacher.py then has fewer negatives)")
     shared.add_argument("--epochs", type=positive, help="passes over the training set")
     shared.add_argument("--steps", type=positive, help="optimizer steps, in place of --epochs")
     shared.add_argument("--lr", type=amount, help="peak learning rate at the recipe's batch size; "

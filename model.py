@@ -335,9 +335,9 @@ class VisionTransformer(nn.Module):
         return self.head(self.fc_norm(x[:, 1:].mean(1)))                        # (B, classes)
 
 
-def plain_blocks(dim, depth, heads, grid):
+def plain_blocks(dim, depth, heads):
     """Blocks of a plain ViT: no position bias, layer scale or drop path."""
-    return nn.ModuleList(Block(dim, heads, grid, "absolute", 0.0, 0.0) for _ in range(depth))
+    return nn.ModuleList(Block(dim, heads, None, "absolute", 0.0, 0.0) for _ in range(depth))
 
 
 @torch.no_grad()
@@ -366,7 +366,7 @@ class MaskedAutoencoder(nn.Module):
     """PeCo_MAE (PeCo, Table 8): MAE's encoder and decoder (2111.06377) with codes as targets.
 
     encoder: a VisionTransformer with absolute positions, which sees the visible patches only.
-    codes: K. dim, depth, heads: of the decoder.
+    codes: K. dim, depth, heads: of the decoder. The images are of the encoder's own size.
     forward: images (B, 3, H, W), mask (B, h, w) → logits of the masked patches (M, K).
     """
 
@@ -388,7 +388,7 @@ class MaskedDecoder(nn.Module):
         self.embed = nn.Linear(width, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("pos_embed", sincos_positions(grid, dim))          # (1, 1+N, dim)
-        self.blocks = plain_blocks(dim, depth, heads, grid)
+        self.blocks = plain_blocks(dim, depth, heads)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, codes)
         initialize_xavier(self)

@@ -123,7 +123,8 @@ def get_args(argv=None):
     p.add_argument("--warmup-epochs", type=amount, help="epochs of linear warm-up of the lr")
     p.add_argument("--clip", type=number(float, above=0), help="largest norm of the gradient")
     p.add_argument("--checkpoint-activations", action="store_true",
-                   help="recompute blocks in the backward pass: less memory, a forward pass more")
+                   help="recompute the ViT's blocks in the backward pass: less memory, a forward "
+                        "pass more")
     data.add_arguments(p, layout=data.ANY_LAYOUT)
     return commandline.parse(p, RECIPES, argv)
 

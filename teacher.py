@@ -167,7 +167,10 @@ def mlp(layers, inputs, hidden, outputs):
 
 
 class MoCo(nn.Module):
-    """f_q = predictor ∘ projector ∘ encoder; f_k = momentum copies of the first two."""
+    """f_q = predictor ∘ projector ∘ encoder; f_k = momentum copies of the first two.
+
+    Negatives and batch norm are of one micro-batch of all ranks: --accumulate changes the result.
+    """
 
     def __init__(self, encoder, hidden, features, temperature):
         super().__init__()

@@ -279,7 +279,8 @@ def test_eq4_input_is_normalised_and_resized_inside():
     for channel in range(3):
         expected = ((x[0, channel] + 1) / 2 - IMAGENET_MEAN[channel]) / IMAGENET_STD[channel]
         assert torch.allclose(seen[0][0, channel], expected, atol=1e-6)
-    assert [f.shape for f in l_percep.features(pixels(1, 3, 24, 24))] == [(1, 32, 4, 4)]
+    for size in ((24, 24), (24, 16)):
+        assert [f.shape for f in l_percep.features(pixels(1, 3, *size))] == [(1, 32, 4, 4)]
 
 
 def test_eq4_layers_default_to_the_quarters():
@@ -672,6 +673,7 @@ def test_encode_at_another_grid(small_tokenizer, grid):
     if grid != 4:
         resized = F.interpolate(x, (4 * grid, 4 * grid), mode="bicubic", antialias=True)
     assert torch.equal(codes, small_tokenizer(resized)[1])
+    assert small_tokenizer.encode(pixels(2, 3, 20, 4 * grid), grid).shape == (2, grid, grid)
 
 
 def test_tokenizer_refuses_what_does_not_fit():

@@ -11,6 +11,7 @@
 #SBATCH --signal=TERM@120
 #SBATCH --output=slurm-%j.txt
 set -euo pipefail
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100                   # seconds; else torchrun kills after 30
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # srun does not inherit --cpus-per-task (Slurm 22.05 and later)
 srun --cpus-per-task "$SLURM_CPUS_PER_TASK" \
