@@ -338,11 +338,7 @@ def confusion_matrix(predicted, labels, classes):
 
 
 def scores(confusion):
-    """In %: IoU and accuracy of each class, and a dict of their means.
-
-    NaN, and in no mean: the IoU of a class neither there nor predicted, the accuracy of one that is
-    not there.
-    """
+    """In %: IoU and accuracy of each class (NaN: 0 of 0, in no mean), and a dict of their means."""
     hits = confusion.diag().double()
     truth = confusion.sum(1)
     predicted = confusion.sum(0)

@@ -116,9 +116,8 @@ RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
 def get_args(argv=None):
     p = commandline.parser("tokenizer", __doc__)
     p.add_argument("--channels", type=number(int, at_least=16, at_most=8192), nargs="+",
-                   help="widths from the image's resolution down; each next one has half the "
-                        "resolution, so the stride of the codes is 2^(number − 1) pixels; not used "
-                        "with --vit")
+                   help="widths from the image's resolution down, each next one at half of it: the "
+                        "stride of the codes is 2^(number − 1) pixels; not used with --vit")
     p.add_argument("--decoder-channels", type=number(int, at_least=16, at_most=8192), nargs="+",
                    help="the decoder's, in the same order; by default the same")
     p.add_argument("--decoder-blocks", type=number(int, at_least=1, at_most=100),
