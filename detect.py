@@ -255,15 +255,11 @@ def build(args, classes, state):
 
 
 def load(args, classes):
-    """The network of a run of detect.py. Raises InputError where it has other classes."""
-    state = checkpoint.load(args.init, ["detect"], "--init", f"detect.py --recipe {args.recipe}")
+    """The network of a run of detect.py, which is --init, for images of --image-size."""
+    state = weights.read_own(args, classes)
     arguments = state["model_args"] | dict(size=args.image_size, max_size=args.max_size)
-    found = arguments.get("classes")
-    if found != classes:
-        raise InputError(f"--init {args.init}: has {found} classes, --data {args.data} {classes}")
     with checkpoint.built_from(f"--init {args.init}"):
-        vit = VisionTransformer(**weights.vit_arguments(arguments.pop("vit")))
-        model = mask_rcnn(vit, **arguments)
+        model = mask_rcnn(VisionTransformer(**arguments.pop("vit")), **arguments)
         model.load_state_dict(state["model"])
     return model
 

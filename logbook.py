@@ -124,15 +124,11 @@ class Run:
 
     def compare_arguments(self, then):
         now = vars(self.args)
-        for key in ("class_names", "eval_crop"):            # older runs do not know them
-            then.setdefault(key, now.get(key))
         same = {path for path, contents in CONTENTS.items()
                 if now.get(contents) and now[contents] == then.get(contents)}
         if Path(now["data"]).name != Path(then["data"]).name:       # cifar10, cifar100: as many
             same.discard("data")
-        if "images" not in then:                            # of an older version
-            same.add("images")
-        keys = sorted(now.keys() - MAY_CHANGE_ON_RESUME - same)     # not those of a former flag
+        keys = sorted(now.keys() - MAY_CHANGE_ON_RESUME - same)
         changed = [key for key in keys if now.get(key) != then.get(key)]
         # Steps count batches: with another batch size step N would lie elsewhere.
         if changed and (self.args.resume != "force" or "batch_size" in changed):

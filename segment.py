@@ -287,14 +287,10 @@ def build(args, classes, state):
 
 
 def load(args, classes):
-    """The network of a run of segment.py. Raises InputError where it has other classes."""
-    state = checkpoint.load(args.init, ["segment"], "--init", f"segment.py --recipe {args.recipe}")
-    found = state["model_args"].get("classes")
-    if found != classes:
-        raise InputError(f"--init {args.init}: has {found} classes, --data {args.data} {classes}")
+    """The network of a run of segment.py, which is --init."""
+    state = weights.read_own(args, classes)
     with checkpoint.built_from(f"--init {args.init}"):
-        vit = VisionTransformer(**weights.vit_arguments(state["model_args"]["vit"]))
-        model = Segmenter(vit, classes)
+        model = Segmenter(VisionTransformer(**state["model_args"]["vit"]), classes)
         model.load_state_dict(state["model"])
     return model
 

@@ -77,6 +77,19 @@ def read_state(path, stages=None, flag="", made_by=""):
     return checkpoint.load(teacher if teacher.exists() else path, stages, flag, made_by)
 
 
+def read_own(args, classes):
+    """The contents of --init, a run of args.stage itself, for --eval.
+
+    Raises InputError where it is of another stage or has another number of classes.
+    """
+    made_by = f"{args.stage}.py --recipe {args.recipe}"
+    state = checkpoint.load(args.init, [args.stage], "--init", made_by)
+    found = state["model_args"].get("classes")
+    if found != classes:
+        raise InputError(f"--init {args.init}: has {found} classes, --data {args.data} {classes}")
+    return state
+
+
 def restore(source, state):
     """The network of one of our checkpoints, called `source` in messages. Raises InputError."""
     with checkpoint.built_from(source):
@@ -86,7 +99,7 @@ def restore(source, state):
 
 
 def class_names(state):
-    """Names of the classes of one of our checkpoints; None where it has none, or is older."""
+    """Names of the classes of one of our checkpoints; None where it has none."""
     return state["args"].get("class_names")
 
 
@@ -105,16 +118,7 @@ def network_of(state):
     """The network of a checkpoint, with random weights."""
     if state["stage"] == "tokenizer":
         return VQTokenizer(**state["model_args"])
-    return VisionTransformer(**vit_arguments(state["model_args"]))
-
-
-def vit_arguments(stored):
-    """A checkpoint's arguments of a ViT. Older ones have pool="mean", which is the only way now."""
-    arguments = dict(stored)
-    if arguments.pop("pool", "mean") != "mean":
-        raise InputError("a classifier of the class token, which is not built any more: "
-                         "fine-tune it anew")
-    return arguments
+    return VisionTransformer(**state["model_args"])
 
 
 def trained_weights(state):
@@ -143,7 +147,7 @@ def transfer(source, state, arguments, **task):
     stage = state.get("stage") if state is not None else None
     weights = None
     if stage in ("teacher", "pretrain", "finetune"):
-        arguments, weights = vit_arguments(state["model_args"]), trained_weights(state)
+        arguments, weights = state["model_args"], trained_weights(state)
     elif stage:
         raise InputError(f"{source}: found a checkpoint of {stage}, "
                          "expected one of teacher, pretrain or finetune")

@@ -17,9 +17,7 @@ from torch import nn
 
 import checkpoint
 import logbook
-import weights
 from logbook import Run
-from model import VisionTransformer
 from runtime import InputError
 
 
@@ -379,22 +377,12 @@ def test_an_input_that_has_moved_is_known_by_its_digest(name):
 def test_a_dataset_that_has_grown_is_refused_and_one_that_has_moved_is_not():
     trained(10)
     assert Stage(data="moved/set").begin() == 10
+    with pytest.raises(InputError, match=r"\(data: set, now other\)"):
+        Stage(data="other").begin()
     for images in (21, 23):
         with pytest.raises(InputError, match=rf"\(images: 22, now {images}\).*--resume force"):
             Stage().begin(images)
         assert Stage(resume="force").begin(images) == 10
-
-
-def test_a_run_that_did_not_note_its_number_of_images_goes_on():
-    trained()
-    path = Path("run/step-00000010.pt")
-    state = torch.load(path)
-    for key in ("images", "digest"):
-        (state["args"] if key == "images" else state).pop(key)
-    checkpoint.write(path, state)
-    assert Stage().begin() == 10
-    with pytest.raises(InputError, match=r"\(data: set, now other\)"):
-        Stage(data="other").begin()
 
 
 def test_another_batch_size_is_refused_whatever_is_forced():
@@ -520,81 +508,6 @@ def test_an_output_that_cannot_be_written_is_refused():
     for output in ("file", "file/run"):
         with pytest.raises(InputError, match=f"--output {output}: not writable"):
             Stage(output=output).begin()
-
-
-# ------------------------------------------------------------------------------------------------
-# Checkpoints of older versions: of "evaluated", pool="mean" and flags that are no more
-
-TINY = dict(image_size=16, patch_size=8, dim=16, depth=2, heads=2, positions="block", classes=3)
-
-
-def tiny_vit(seed):
-    torch.manual_seed(seed)
-    vit = VisionTransformer(**TINY)
-    nn.init.normal_(vit.head.weight)
-    optimizer = torch.optim.AdamW(list(vit.named_parameters()), lr=0.1)
-    vit(torch.rand(2, 3, 16, 16)).square().sum().backward()
-    optimizer.step()                                        # it has moments
-    return vit, optimizer
-
-
-def old_checkpoint(args, vit, optimizer, pool="mean"):
-    """As the versions before this one wrote it, step by step."""
-    state = dict(
-        stage="finetune",
-        step=10,
-        epoch=2,
-        best=40.0,
-        evaluated=True,
-        args=vars(args) | dict(pool=pool, eval_mode="slide", tensorboard=False, pictures=8,
-                               dry_run=None),
-        model_args=TINY | dict(pool=pool),
-        optimizer=optimizer.state_dict(),
-        model=vit.state_dict(),
-    )
-    state["digest"] = checkpoint.digest(state)
-    Path(args.output).mkdir()
-    torch.save(state, Path(args.output) / "step-00000010.pt")
-
-
-def test_an_old_checkpoint_is_loaded_and_begins_another_task():
-    vit, optimizer = tiny_vit(seed=0)
-    old_checkpoint(Stage(stage="finetune").args, vit, optimizer)
-    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
-    loaded = weights.load("run")
-    another, _ = tiny_vit(seed=1)
-    with torch.no_grad():
-        logits = vit.eval()(pixels)
-        assert torch.equal(loaded(pixels), logits)
-        assert not torch.equal(another.eval()(pixels), logits)      # the control
-    other, arguments, missing = weights.transfer("run", checkpoint.load("run"), {}, classes=5)
-    assert "pool" not in arguments
-    assert missing == ["head.weight", "head.bias"]
-    assert torch.equal(other.blocks[1].mlp.fc1.weight, vit.blocks[1].mlp.fc1.weight)
-    assert other.eval()(pixels).shape == (2, 5)
-
-
-def test_an_old_run_goes_on():
-    vit, optimizer = tiny_vit(seed=0)
-    old_checkpoint(Stage(stage="finetune").args, vit, optimizer)
-    args = Stage(stage="finetune").args
-    again, again_optimizer = tiny_vit(seed=1)
-    run = Run(args, 22, again_optimizer, TINY, dict(model=again))
-    assert (run.start, run.best) == (10, 40.0)
-    assert checkpoint.digest(again.state_dict()) == checkpoint.digest(vit.state_dict())
-    moments = [own.state_dict()["state"] for own in (optimizer, again_optimizer)]
-    assert checkpoint.digest(moments[0]) == checkpoint.digest(moments[1])
-    args.lr = 0.2                                           # the control: it is the same run
-    with pytest.raises(InputError, match=r"other arguments \(lr: 0.1, now 0.2\)"):
-        Run(args, 22, again_optimizer, TINY, dict(model=again))
-
-
-def test_an_old_classifier_of_the_class_token_is_refused():
-    old_checkpoint(Stage(stage="finetune").args, *tiny_vit(seed=0), pool="cls")
-    with pytest.raises(InputError, match="a classifier of the class token"):
-        weights.load("run")
-    with pytest.raises(InputError, match="a classifier of the class token"):
-        weights.transfer("run", checkpoint.load("run"), {}, classes=5)
 
 
 # ------------------------------------------------------------------------------------------------

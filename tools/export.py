@@ -20,12 +20,12 @@ import runtime
 from beit import to_beit
 from model import HALF
 from runtime import InputError
-from weights import class_names, trained_weights, vit_arguments
+from weights import class_names, trained_weights
 
 
 def settings(state):
     """Contents of config.json and preprocessor_config.json for a checkpoint, as two dicts."""
-    vit = vit_arguments(state["model_args"])
+    vit = state["model_args"]
     codes, classes = vit.get("codes"), vit.get("classes")
     if vit["positions"] == "absolute" or not (codes or classes):
         raise InputError(
