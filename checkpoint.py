@@ -18,7 +18,6 @@ from runtime import InputError, warn
 # What each of our checkpoints holds, beside other modules that were trained.
 CONTENTS = dict(digest=str, stage=str, step=int, epoch=int, best=(float, int, type(None)),
                 args=dict, model_args=dict, optimizer=dict, model=dict)
-MOST_BLOCKS = 1000              # of a network, so that none is built for ever; our choice
 
 # What contents of any kind raise where a network is built of them.
 UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -151,12 +150,6 @@ def check(state):
             raise ValueError(f'its "{key}" is missing or of the wrong type')
     if state["step"] < 0:
         raise ValueError(f'its "step" is {state["step"]}')
-    arguments = state["model_args"]
-    if isinstance(arguments.get("vit"), dict):              # of tokenizer.py --vit, of dense stages
-        arguments = arguments | arguments["vit"]
-    for key in ("depth", "decoder_blocks"):
-        if isinstance(arguments.get(key), int) and arguments[key] > MOST_BLOCKS:
-            raise ValueError(f'its "{key}" is {arguments[key]}')
     for module in ("model", "ema"):
         check_weights(state.get(module, {}))
 

@@ -19,7 +19,7 @@ import logbook
 import runtime
 import transforms
 import weights
-from commandline import amount, number, positive, rate, share
+from commandline import amount, number, rate, share
 from logbook import Run
 from model import param_groups
 
@@ -120,8 +120,6 @@ def get_args(argv=None):
     p.add_argument("--eval", action="store_true", help="only evaluate --init, a fine-tuned model")
     p.add_argument("--probe", choices=["linear", "knn"],
                    help="only classify the frozen features of --init")
-    p.add_argument("--probe-layer", type=positive,
-                   help="block whose features are probed, from 1; by default the last")
     p.add_argument("--label-fraction", type=number(float, above=0, at_most=1), default=1.0,
                    help="share of the training images used, the same of each class, 0 to 1")
     p.add_argument("--holdout", type=rate, default=0.0,
@@ -190,7 +188,7 @@ def evaluate(args, model, dataset, device, indices=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# Probes of frozen features: the mean of the patches after a block, of images not augmented
+# Probes of frozen features: the mean of the patches after the last block, of images not augmented
 
 def probe(args, model, dataset, indices, val, val_indices, device):
     """Top-1 accuracy in % of a classifier of frozen features, on rank 0."""
@@ -207,15 +205,12 @@ def probe(args, model, dataset, indices, val, val_indices, device):
 @torch.no_grad()
 def extract(args, model, dataset, device, indices=None):
     """Features (images, D) and labels (images,) of a dataset; on rank 0 those of all ranks."""
-    layer = args.probe_layer or len(model.blocks)
-    if not 1 <= layer <= len(model.blocks):
-        raise runtime.InputError(
-            f"--probe-layer {layer}: the ViT has blocks 1 to {len(model.blocks)}")
+    last = [len(model.blocks)]
     autocast = runtime.autocast(args, device)
     features, labels = [], []
     for images, targets in val_loader(args, dataset, indices):
         with autocast:
-            x = model.tokens(images.to(device), [layer])[0]                     # (B, 1+N, D)
+            x = model.tokens(images.to(device), last)[0]                        # (B, 1+N, D)
         x = F.layer_norm(x.float(), x.shape[-1:])
         features.append(x[:, 1:].mean(1).cpu())                                 # (B, D)
         labels.append(targets)

@@ -111,7 +111,7 @@ def moco(folder):
 def evaluation():
     """23 images over the ranks: top-1 and top-5 of a random network, and what probes see."""
     args = Namespace(image_size=16, eval_crop=1.0, batch_size=8, accumulate=1, workers=0,
-                     amp="fp32", probe_layer=None)
+                     amp="fp32")
     torch.manual_seed(0)
     network = VisionTransformer(16, 4, dim=16, depth=1, heads=2, positions="block", classes=10)
     torch.nn.init.normal_(network.head.weight, generator=seeded(1))

@@ -209,7 +209,6 @@ MISFITS = {
     "dim -3": with_argument("dim", -3),
     "dim 0": with_argument("dim", 0),
     "dim huge": with_argument("dim", 10 ** 12),
-    "depth huge": with_argument("depth", 10 ** 9),
     "patch size 0": with_argument("patch_size", 0),
     "unknown": with_argument("colour", "red"),
 }
