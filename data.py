@@ -10,7 +10,6 @@ import signal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -41,12 +40,16 @@ def add_arguments(p, layout=LAYOUT, augment=True):
                                 "batch: whole batches on the GPU, a worker only decodes and crops")
         group.add_argument("--crop-min", type=number(float, above=0, at_most=1),
                            help="smallest random crop, share of the image's area")
-    group.add_argument("--workers", type=number(int, at_least=0, at_most=128),
-                       default=min(8, (os.cpu_count() or 2) - 1),
-                       help="loader processes of each rank")
+    add_workers(group)
     group.add_argument("--skip-bad-images", type=count, default=0,
                        help="training images that cannot be read and are replaced by others, on "
                             "each rank; one more ends the run")
+
+
+def add_workers(p):
+    p.add_argument("--workers", type=number(int, at_least=0, at_most=128),
+                   default=min(8, (os.cpu_count() or 2) - 1),
+                   help="loader processes of each rank")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -76,18 +79,13 @@ def load_images(name, split, image_size):
 
 
 def cifar(name, split, root):
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if dist.is_initialized() and not first:
-        dist.barrier()                                      # one rank of a machine downloads
     try:
-        dataset = CIFAR[name](root, train=split == "train", download=True)
+        with runtime.first_of_machine():
+            return CIFAR[name](root, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"--data {name}: not in {root}/ and not to be downloaded ({error}); put the archive of "
             f"its python version into {root}/, or pass a folder with train/ and val/") from error
-    if dist.is_initialized() and first:
-        dist.barrier()
-    return dataset
 
 
 def label_subset(targets, fraction, seed):
@@ -184,8 +182,7 @@ def hold_small_images(samples, args):
             for index in samples.indices:                   # forked workers share them
                 image, label = samples.read(0, index)
                 if image.size == size:
-                    image = to_bytes(image)
-                samples.held[index] = image, label
+                    samples.held[index] = to_bytes(image), label
 
 
 # ------------------------------------------------------------------------------------------------

@@ -223,13 +223,17 @@ def mask_rcnn(vit, classes, channels, boxes, size, max_size):
     side, pixels; max_size: of the longer one. With 256 channels and 512 boxes all but the ViT is
     torchvision's own.
     """
+    patch = vit.patch_size
+    if patch & (patch - 1):
+        raise InputError(f"a ViT of patches of {patch} pixels: detection needs 2, 4, 8, 16 or 32, "
+                         "since RoIAlign takes the maps' strides for powers of two [torchvision]")
     # Sides of the anchors on each map, pixels: eight times its stride [torchvision]
-    anchors = tuple((2 * vit.patch_size * 2 ** level,) for level in range(5))
+    anchors = tuple((2 * patch * 2 ** level,) for level in range(5))
     return MaskRCNN(
         Backbone(vit, channels),
         min_size=size,
         max_size=max_size,
-        size_divisible=2 * vit.patch_size,                  # whole positions of the map at ×½
+        size_divisible=2 * patch,                           # whole positions of the map at ×½
         image_mean=[0.0] * 3,                               # pixels come in [-1, 1]
         image_std=[1.0] * 3,
         rpn_anchor_generator=AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * 5),

@@ -64,7 +64,7 @@ RECIPES = {
         save_every=10,
     ),
     "cifar": PAPER | dict(      # our choice
-        data="data/cifar10",
+        data="cifar10",
         init="runs/cifar/pretrain",
         augment="batch",
         image_size=32,
@@ -80,7 +80,7 @@ RECIPES = {
         save_every=10,
     ),
     "cifar-cpu": PAPER | dict(  # our choice
-        data="data/cifar10",
+        data="cifar10",
         init="runs/cifar-cpu/pretrain",
         augment="batch",
         image_size=32,
@@ -284,6 +284,8 @@ def main(args):
     if args.eval:
         weights.refuse_other_names(f"--init {args.init}", state, f"--data {args.data}", val.classes)
     model, model_args = build(args, 0 if args.probe else classes, state)
+    if args.eval and "stage" in state:
+        weights.say_other_sizes(args, state)
     model.to(device)
     if args.eval:
         row = evaluate(args, model, val, device, val_indices)

@@ -274,7 +274,7 @@ class Run:
             where.append(f"rank {r} (images {listed}{more})")
         remedy = "what was saved is intact: try a lower --lr or --amp fp32"
         if self.step == self.start == 0:                    # no step has moved the weights yet
-            remedy = ("at the first step it comes of what goes in: look at --data, at the "
+            remedy = ("at the first step the cause is the input: look at --data, at the "
                       "checkpoints that are read, at the other flags")
         raise FloatingPointError(f"{name} not finite at step {self.step} on {', '.join(where)}; "
                                  f"stopped before the update, {remedy}")

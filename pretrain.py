@@ -61,7 +61,7 @@ RECIPES = {
         save_every=5,
     ),
     "cifar": PAPER | dict(      # our choice
-        data="data/cifar10",
+        data="cifar10",
         tokenizer="runs/cifar/tokenizer",
         image_size=32,
         crop_min=0.2,
@@ -75,7 +75,7 @@ RECIPES = {
         betas=[0.9, 0.98],
     ),
     "cifar-cpu": PAPER | dict(  # our choice
-        data="data/cifar10",
+        data="cifar10",
         tokenizer="runs/cifar-cpu/tokenizer",
         image_size=32,
         crop_min=0.4,

@@ -84,6 +84,17 @@ def launch_tool(name, main):
         sys.exit(2)
 
 
+@contextlib.contextmanager
+def first_of_machine():
+    """Around a download: the first rank of a machine makes it, then the others find the files."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if dist.is_initialized() and not first:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and first:
+        dist.barrier()
+
+
 def one_process(tool):
     """Refuse torchrun for a tool that does not share its work out."""
     if world_size() > 1:

@@ -129,6 +129,8 @@ class Ade20k(Dataset):
         except (OSError, SyntaxError, ValueError) as error:
             raise InputError(
                 f"{annotation}: not a readable image ({error}); restore or remove it") from error
+        if labels.dtype == np.uint16:
+            labels = labels.astype(np.int32)                # which PyTorch can compare
         size = image.size[::-1]
         if labels.shape != size:
             raise InputError(f"{annotation}: its shape is {labels.shape}, the image's {size}")

@@ -53,7 +53,7 @@ RECIPES = {
         lr=5e-4,
     ),
     "cifar": PAPER | dict(      # our choice
-        data="data/cifar10",
+        data="cifar10",
         image_size=32,
         crop_min=0.2,
         model="tiny",
@@ -66,7 +66,7 @@ RECIPES = {
         lr=6e-4,
     ),
     "cifar-cpu": PAPER | dict(  # our choice
-        data="data/cifar10",
+        data="cifar10",
         image_size=32,
         crop_min=0.2,
         model="nano",

@@ -68,7 +68,7 @@ RECIPES = {
         lr=4e-4,
     ),
     "cifar": PAPER | dict(      # our choice
-        data="data/cifar10",
+        data="cifar10",
         image_size=32,
         crop_min=0.4,
         eval_crop=1.0,
@@ -82,7 +82,7 @@ RECIPES = {
         lr=4e-4,
     ),
     "cifar-cpu": PAPER | dict(  # our choice
-        data="data/cifar10",
+        data="cifar10",
         image_size=32,
         crop_min=0.4,
         eval_crop=1.0,

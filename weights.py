@@ -23,7 +23,7 @@ from model import (
     resize_bias_table,
     resize_positions,
 )
-from runtime import InputError, rank, say
+from runtime import InputError, first_of_machine, rank, say
 
 # MoCo v3's ViT-B of 300 epochs (the 100-epoch one, which PeCo uses, was never published) and its
 # ResNet-50; torchvision's supervised networks.
@@ -87,7 +87,17 @@ def read_own(args, classes):
     found = state["model_args"].get("classes")
     if found != classes:
         raise InputError(f"--init {args.init}: has {found} classes, --data {args.data} {classes}")
+    say_other_sizes(args, state)
     return state
+
+
+def say_other_sizes(args, state):
+    """Say where --eval looks at images of another size than the run did."""
+    for key in ("image_size", "max_size", "eval_crop"):
+        own, now = state["args"].get(key), vars(args).get(key)
+        if own not in (None, now) and rank() == 0:
+            flag = f"--{key.replace('_', '-')}"
+            say(f"--init {args.init} was trained with {flag} {own}, is evaluated with {now}")
 
 
 def restore(source, state):
@@ -348,7 +358,8 @@ def perceptual_network(source, recipe="paper"):
 def download(source):
     url = DOWNLOADS[source]
     try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        with first_of_machine():
+            return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(
             f"--perceptual {source}: download of {url} failed ({error}); fetch the file by other "

@@ -210,7 +210,11 @@ def test_images_of_several_sizes_are_augmented_in_one_batch():
             image, label = super().__getitem__(index)
             return image.resize((16 + index % 3, 16 + index % 2)), label
 
-    for (images, _), _ in stream(augment="batch", dataset=Sizes(number=20, image_size=16)):
+    dataset = Sizes(number=20, image_size=16)
+    samples = data.Samples(dataset, CROP, 0, indices=range(20))
+    data.hold_small_images(samples, Namespace(augment="batch", image_size=16))
+    assert list(samples.held) == [0, 6, 12, 18]             # not one of another size
+    for (images, _), _ in stream(augment="batch", dataset=dataset):
         assert images.shape == (8, 3, 16, 16)
         assert images.std((1, 2, 3)).min() > 0.01
 

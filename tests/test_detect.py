@@ -275,6 +275,12 @@ def test_images_without_objects_train_and_every_weight_has_a_gradient(folder):
     assert all(torch.isfinite(loss) for loss in network(images, targets).values())
 
 
+def test_patches_of_no_power_of_two_are_refused(capsys):
+    """torchvision's RoIAlign would read their maps at other places than the boxes'."""
+    message = fails(capsys, "detect", "--init", "none", "--patch-size", "14")
+    assert "patches of 14 pixels: detection needs 2, 4, 8, 16 or 32" in message
+
+
 def test_one_size_in_training_and_evaluation(monkeypatch):
     network = tiny()
     forward = network.backbone.forward

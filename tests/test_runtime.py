@@ -82,6 +82,17 @@ def test_help_shows_the_defaults_of_the_recipe(capsys):
         assert "More." not in text
 
 
+def test_a_download_is_made_once_on_a_machine(monkeypatch):
+    done = []
+    monkeypatch.setattr(runtime.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(runtime.dist, "barrier", lambda: done.append("barrier"))
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        with runtime.first_of_machine():
+            done.append(f"rank {rank} loads")
+    assert done == ["rank 0 loads", "barrier", "barrier", "rank 1 loads"]
+
+
 def test_batches_that_do_not_divide_are_refused(monkeypatch):
     assert runtime.micro_batch(Namespace(batch_size=12, accumulate=3)) == 4
     with pytest.raises(InputError, match="--batch-size 10 .* 1 ranks × 3 .*: try 9"):

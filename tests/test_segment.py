@@ -143,6 +143,22 @@ def test_ade20k_layout(folder, capsys):
     assert pixels.shape == (3, 4, 64)                       # the longer side: at most four times 16
 
 
+def test_annotations_of_16_bits(folder):
+    """More than 255 classes need them."""
+    make_ade(folder / "ade")
+    for path in Path("ade/annotations/training").iterdir():
+        labels = np.array(Image.open(path), np.uint16)
+        Image.fromarray(np.where(labels == 2, 300, labels).astype(np.uint16)).save(path)
+    dataset = segment.load_dataset("ade", "train", 32, 300)
+    assert np.array(Image.open(dataset.samples[0][1])).dtype == np.uint16       # the control
+    _, labels = data.Samples(dataset, segment.train_transform(32), 0)[0, 0]
+    assert set(labels.unique().tolist()) <= {0, 1, 300}
+    assert (labels == 300).any()
+    _, labels = data.Samples(dataset, segment.eval_transform(32), 0)[0, 0]
+    predicted = labels.clamp(min=1)
+    assert segment.confusion_matrix(predicted, labels, 300).trace() == (labels > 0).sum()
+
+
 def test_bad_ade20k_files(folder, capsys):
     root = make_ade(folder / "ade")
     flags = ["--data", "ade", "--init", "none", "--batch-size", "2"]

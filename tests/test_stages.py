@@ -320,18 +320,6 @@ def test_a_resumed_run_ends_bit_identical(stage, chain, monkeypatch):
     assert weights(newest(output)) == weights(whole)
 
 
-def test_a_run_of_an_older_version_goes_on(chain):
-    """Its arguments lack what pretrain.py has kept since."""
-    flags = [*chain.inputs["pretrain"], "--output", "run"]
-    run("pretrain", *flags, "--steps", "6")
-    for file in checkpoint.files("run"):
-        state = torch.load(file, weights_only=True)
-        del state["digest"], state["args"]["eval_crop"]
-        checkpoint.write(file, state)
-    run("pretrain", *flags, "--steps", "6")
-    assert len(log("run", "val")) == 3                      # two epochs' ends, and again at the end
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_another_seed_ends_elsewhere(stage, chain):
     run(stage, *chain.inputs[stage], "--seed", "1", "--steps", "4", "--output", "other")
@@ -530,6 +518,17 @@ def test_weights_average_is_what_is_evaluated(chain):
     assert any(not torch.equal(average[key], state["model"][key]) for key in average)
 
 
+def test_an_evaluation_at_another_size_says_so(chain, capsys):
+    flags = ["--eval", "--init", str(chain.finetune)]
+    size = newest(chain.finetune)["args"]["image_size"]
+    run("finetune", *flags)
+    assert "trained with" not in capsys.readouterr().out
+    run("finetune", *flags, "--image-size", str(size + 8), "--eval-crop", "0.5")
+    said = capsys.readouterr().out
+    assert f"trained with --image-size {size}, is evaluated with {size + 8}\n" in said
+    assert "trained with --eval-crop 1.0, is evaluated with 0.5\n" in said
+
+
 def test_evaluation_repeats_what_the_training_logged(chain):
     row = run("finetune", "--eval", "--init", str(chain.finetune))
     logged = log(chain.finetune, "val")[-1]
@@ -582,14 +581,13 @@ def test_names_of_classes_are_compared(folder, capsys):
     assert "class_names: ['ant', 'bee', 'cow'], now" in fails(
         capsys, "finetune", *flags, "--steps", "2", "--output", "run")
     run("finetune", *flags, "--init", "run", "--steps", "1", "--output", "other")   # another task
-    # a run from before names were kept
+    # a run that names none
     state = newest("run")
     del state["digest"], state["args"]["class_names"]
     for file in Path("run").glob("*.pt"):
         file.unlink()
     checkpoint.write(Path("run/step-00000001.pt"), state)
     assert run("finetune", *evaluation)["images"] == 24
-    run("finetune", *flags, "--steps", "1", "--output", "run")
 
 
 def test_holdout_needs_no_val(folder, capsys):

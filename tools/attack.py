@@ -32,8 +32,7 @@ def get_args(argv=None):
     p.add_argument("--images", type=commandline.positive,
                    help="attack only so many validation images, drawn at random, always the same")
     p.add_argument("--batch-size", type=commandline.positive, default=100, help="images at a time")
-    p.add_argument("--workers", type=commandline.number(int, at_least=0, at_most=128), default=1,
-                   help="loader processes")
+    data.add_workers(p)
     args = p.parse_args(argv)
     args.stage, args.accumulate = "attack", 1
     return args

@@ -552,9 +552,9 @@ def section(recipe, jobs):
         "codes that come of it. The longer fine-tuning does not count the epochs of perceptual "
         "network and tokenizer, which PeCo takes besides: see the seconds below.",
         f"<!-- {recipe} table -->\n{arms_table(recipe, jobs)}\n<!-- end -->",
-        "Arms of one seed share its labels, order and initial weights, so they are compared seed "
-        "by seed. In bold what is more than two standard errors, of three seeds at least; in "
-        "brackets the seeds.",
+        "Arms of one seed share its labels and order, those that are pre-trained also the weights "
+        "that pre-training begins from. So they are compared seed by seed. In bold what is more "
+        "than two standard errors, of three seeds at least; in brackets the seeds.",
         comparisons(jobs),
         "### Codewords",
         "On the 10,000 test images. Linear: top-1 of a linear classifier on the average-pooled "
@@ -570,8 +570,8 @@ def section(recipe, jobs):
         attacks_table(jobs),
         "### Search from scratch",
         "Top-1 in % on a tenth of the training images, held out. The best is used by all "
-        "fine-tuning from scratch, of any length and share of labels. The other arms' values were "
-        "not searched.",
+        "fine-tuning from scratch, of any length and share of labels, but not by the supervised "
+        "network. The other arms' values were not searched.",
         table(["lr", "drop path", "top-1"], searched),
         "### Ablations",
         "Seed 0 alone: read no small difference into them.",
@@ -676,9 +676,7 @@ def main(argv=None):
     p.add_argument("--recipe", choices=SEARCH,
                    default="cifar" if torch.cuda.is_available() else "cifar-cpu",
                    help="default: by the hardware")
-    p.add_argument("--data", default=None if Path(ROOT, "data/cifar10").is_dir() else "cifar10",
-                   help="dataset, as the stages' --data; default: the recipe's data/cifar10 where "
-                        "it is a folder, else torchvision's download")
+    p.add_argument("--data", help="dataset, as the stages' --data; default: the recipe's")
     p.add_argument("--seeds", type=commandline.count, nargs="+",
                    default=[0, 1, 2, 3, 4], help="which to run")
     p.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="which to run")

@@ -35,8 +35,7 @@ def get_args(argv=None):
     p.add_argument("--perceptual", help="as in tokenizer.py; default: the run's")
     p.add_argument("--amp", choices=["auto", "bf16", "fp32"], default="auto",
                    help="as in pretrain.py")
-    p.add_argument("--workers", type=commandline.number(int, at_least=0, at_most=128), default=1,
-                   help="loader processes")
+    data.add_workers(p)
     args = p.parse_args(argv)
     args.stage, args.batch_size, args.accumulate = "codewords", 250, 1
     return args
