@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
-from torchvision.transforms.v2 import functional as TF
 
 GREY = (0.2989, 0.587, 0.114)                               # ITU-R 601, as in torchvision
 # NTSC's colour space: luma, and the plane in which the hue turns.
@@ -38,15 +37,15 @@ class Transform:
 
 
 class Batch:
-    """The steps, then pixels to [-1, 1], then what is applied to those.
+    """The steps, then pixels to [-1, 1].
 
     One of the steps is a RandomResizedCrop to a size. The call, in a worker, on a PIL image, or on
     uint8 (3, size, size): (uint8 (3, size, size), the numbers drawn).
     finish: a batch of both, on any device → float32 (B, 3, size, size).
     """
 
-    def __init__(self, steps, on_pixels=()):
-        self.steps = [*steps, ToPixels(), *on_pixels]
+    def __init__(self, steps):
+        self.steps = [*steps, ToPixels()]
 
     def __call__(self, image):
         drawn = []
@@ -243,90 +242,3 @@ class GaussianBlur(Transform):
         y = F.conv2d(y, kernels, groups=len(kernels))       # across
         y = F.conv2d(y, kernels.mT, groups=len(kernels))    # down
         return y.view_as(x)
-
-
-# ------------------------------------------------------------------------------------------------
-# RandAugment, erasing
-
-class RandAugment(Transform):
-    """The images that drew the same operation go through torchvision's function together.
-
-    magnitude: 0 to 30. Bicubic is done as bilinear: for tensors torchvision has no bicubic. Shears
-    are about the centre, as the rotation. fill: of 255, a number a channel.
-    """
-
-    def __init__(self, num_ops=2, magnitude=9, *, interpolation, fill):
-        self.share = magnitude / 30
-        bicubic = interpolation == InterpolationMode.BICUBIC
-        self.interpolation = InterpolationMode.BILINEAR if bicubic else interpolation
-        self.fill = [value / 255 for value in fill]
-        self.draws = 2 * num_ops
-
-    def __call__(self, x, *columns):
-        size = x.shape[-1]
-        functions = self.functions(size, sign=1) + self.functions(size, sign=-1)
-        number = len(functions) // 2
-        for op, sign in zip(columns[::2], columns[1::2], strict=True):
-            which = (number * op).long() + number * (sign >= 0.5)                   # (B,)
-            order = which.argsort()
-            groups = x[order].split(which.bincount(minlength=2 * number).tolist())
-            pairs = zip(functions, groups, strict=True)
-            x = torch.cat([function(group) for function, group in pairs if len(group)])
-            x = x[order.argsort()]
-        return x
-
-    def functions(self, size, sign):
-        """The 14 operations at the magnitude on images of a size, in pixels; sign: direction."""
-        m = self.share
-        factor = 1 + sign * 0.9 * m
-        shift = sign * int(150 / 331 * size * m)
-        shear = sign * math.degrees(math.atan(0.3 * m))
-
-        def affine(angle=0.0, translate=(0, 0), shear=(0.0, 0.0)):
-            return lambda x: TF.affine(x, angle, list(translate), 1.0, list(shear),
-                                       self.interpolation, self.fill)
-
-        return [
-            lambda x: x,
-            affine(shear=(shear, 0.0)),
-            affine(shear=(0.0, shear)),
-            affine(translate=(shift, 0)),
-            affine(translate=(0, shift)),
-            affine(angle=sign * 30.0 * m),
-            lambda x: TF.adjust_brightness(x, factor),
-            lambda x: TF.adjust_saturation(x, factor),
-            lambda x: TF.adjust_contrast(x, factor),
-            lambda x: TF.adjust_sharpness(x, factor),
-            lambda x: TF.posterize(x, 8 - round(4 * m)),
-            lambda x: TF.solarize(x, 1 - m),
-            TF.autocontrast,
-            TF.equalize,
-        ]
-
-
-class RandomErasing(Transform):
-    """Of pixels in [-1, 1]. A box is filled with one colour, drawn in that range, not with noise,
-    and one that is too large is cut to the image, not drawn again."""
-    draws = 8
-
-    def __init__(self, p=0.5, scale=(0.02, 0.33), ratio=(0.3, 3.3), value="random"):
-        if value != "random":
-            raise ValueError(f'value {value}: only "random"')
-        self.p, self.scale = p, scale
-        self.log_ratio = math.log(ratio[0]), math.log(ratio[1])
-
-    def __call__(self, x, chosen, area, ratio, top, left, *colour):
-        area = uniform(area, *self.scale)                   # a share of the image's
-        ratio = uniform(ratio, *self.log_ratio).exp()       # height / width
-        height = (area * ratio).sqrt().clamp(max=1)
-        width = (area / ratio).sqrt().clamp(max=1)
-        rows = self.within(x.shape[2], top * (1 - height), height)                  # (B, H)
-        columns = self.within(x.shape[3], left * (1 - width), width)                # (B, W)
-        box = rows[:, None, :, None] & columns[:, None, None, :]                    # (B, 1, H, W)
-        colour = uniform(torch.stack(colour, 1), -1, 1)[:, :, None, None]           # (B, 3, 1, 1)
-        return torch.where(box & per_image(chosen < self.p), colour, x)
-
-    @staticmethod
-    def within(pixels, first, length):
-        place = centres(pixels, first.device)
-        return (place >= first[:, None]) & (place < (first + length)[:, None])

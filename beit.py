@@ -92,8 +92,8 @@ def read(folder):
             drop_path=config["drop_path_rate"],
             codes=len(weights.get("lm_head.bias", ())),
             classes=len(weights.get("head.bias", ())),
-            mean=processor.get("image_mean", HALF),
-            std=processor.get("image_std", HALF),
+            mean=tuple(processor.get("image_mean", HALF)),
+            std=tuple(processor.get("image_std", HALF)),
         )
     except Exception as error:                              # safetensors' is of a class of its own
         reason = f"{type(error).__name__}: {error}"

@@ -27,7 +27,7 @@ from model import (
     resize_positions,
     sincos_positions,
 )
-from runtime import InputError, rank, world_size
+from runtime import InputError, world_size
 
 # ------------------------------------------------------------------------------------------------
 # Vector quantization
@@ -126,21 +126,17 @@ class Quantizer(nn.Module):
     def draw(self, vectors, number, generator):
         """Random rows of all ranks' vectors, the same on every rank → (number, D).
 
-        They are different ones, if there are as many. Drawn are places in the global batch, whose
-        order is micro-batch, rank, row: so the draw does not depend on the number of ranks.
+        They are different ones, if there are as many. The order of the global batch is micro-batch,
+        rank, row: so the draw does not depend on the number of ranks.
         """
-        micro_batches, rows, _ = vectors.shape
-        total = micro_batches * world_size() * rows
-        places = torch.randperm(total, generator=generator)[torch.arange(number) % total]
-        order = torch.arange(total).view(micro_batches, world_size(), rows)
-        own = order[:, rank()].flatten()                    # places of this rank's vectors
-        index_of = torch.full((total,), -1)
-        index_of[own] = torch.arange(len(own))
-        index = index_of[places].to(vectors.device)         # −1: another rank's
-        drawn = torch.where((index >= 0)[:, None], vectors.flatten(0, 1)[index.clamp(min=0)], 0.0)
         if dist.is_initialized():
-            dist.all_reduce(drawn)
-        return drawn
+            parts = [torch.empty_like(vectors) for _ in range(world_size())]
+            dist.all_gather(parts, vectors)
+            vectors = torch.stack(parts, 1)                 # (micro-batches, ranks, R, D)
+        vectors = vectors.flatten(0, -2)
+        order = torch.randperm(len(vectors), generator=generator)
+        drawn = order[torch.arange(number) % len(vectors)]  # again from the first if they are few
+        return vectors[drawn.to(vectors.device)]
 
 
 def rows_of(z_e):

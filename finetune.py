@@ -26,7 +26,7 @@ from model import param_groups
 PAPER = dict(
     data="data/imagenet",       # ImageNet-1K [PeCo]
     init="runs/paper/pretrain",
-    augment="image",            # our choice: BEiT's RandAugment and erasing are of single images
+    augment="image",            # our choice: "batch" has no RandAugment and no erasing
     image_size=224,             # [PeCo]; 448 for ViT-H's best
     crop_min=0.08,              # [BEiT]
     eval_crop=0.875,            # [BEiT]
@@ -66,7 +66,6 @@ RECIPES = {
     "cifar": PAPER | dict(      # our choice
         data="cifar10",
         init="runs/cifar/pretrain",
-        augment="batch",
         image_size=32,
         crop_min=0.4,
         eval_crop=1.0,

@@ -101,25 +101,19 @@ class Run:
         """Go on from the newest sound checkpoint of the folder."""
         state = checkpoint.load(self.folder)
         self.compare_arguments(state["args"])
-        wrong = f"--output {self.folder} holds a run of another architecture"
+        own = self.optimizer.state_dict()["param_groups"]
         try:
             names = [group["param_names"] for group in state["optimizer"]["param_groups"]]
-        except checkpoint.UNFIT:
-            names = None
-        own_names = [group["param_names"] for group in self.optimizer.state_dict()["param_groups"]]
-        if names != own_names or not self.modules.keys() <= state.keys():
-            raise InputError(f"{wrong}: choose another --output")   # moments load by position
-        settings = [{key: value for key, value in group.items() if key not in ("params", "lr")}
-                    for group in self.optimizer.param_groups]
-        try:
+            if names != [group["param_names"] for group in own]:
+                raise ValueError("other parameters")        # moments load by position
             for name, module in self.modules.items():
                 module.load_state_dict(state[name])
-            self.optimizer.load_state_dict(state["optimizer"])
+            # Its own settings: with --resume force the new weight decay counts.
+            self.optimizer.load_state_dict(state["optimizer"] | dict(param_groups=own))
         except checkpoint.UNFIT as error:                   # its last line: expected and found
             detail = str(error).splitlines()[-1].strip()
-            raise InputError(f"{wrong} ({detail}): choose another --output") from error
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)                          # --resume force: the new weight decay counts
+            raise InputError(f"--output {self.folder} holds a run of another architecture "
+                             f"({detail}): choose another --output") from error
         self.start, self.best = state["step"], state["best"]
 
     def compare_arguments(self, then):

@@ -156,18 +156,22 @@ def finetune(size, crop_min=0.08, magnitude=27, erasing=0.25, form="image"):
 
     Its RandAugment is timm's: two operations, each with probability ½, at magnitude 9 of 10. Here
     they are torchvision's, at `magnitude` of 30, without timm's noise of 0.5 on the magnitude.
+    Raises InputError where these are asked for in form "batch", which has neither.
     """
+    if form == "batch" and (magnitude or erasing):
+        raise InputError("--augment batch has no RandAugment and no erasing: take --augment image, "
+                         "or --randaugment 0 --erasing 0")
     t, compose = FORMS[form]
     steps = [
         t.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC),
         t.RandomHorizontalFlip(),
     ]
     if magnitude:
-        operation = t.RandAugment(1, magnitude, interpolation=BICUBIC, fill=[128] * 3)
-        steps.append(t.RandomApply([operation]))
-        steps.append(t.RandomApply([operation]))
+        operation = T.RandAugment(1, magnitude, interpolation=BICUBIC, fill=[128] * 3)
+        steps.append(T.RandomApply([operation]))
+        steps.append(T.RandomApply([operation]))
     if erasing:
-        return compose(steps, on_pixels=[t.RandomErasing(erasing, value="random")])
+        return Each(steps, on_pixels=[T.RandomErasing(erasing, value="random")])
     return compose(steps)
 
 

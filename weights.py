@@ -163,10 +163,7 @@ def transfer(source, state, arguments, **task):
                          "expected one of teacher, pretrain or finetune")
     elif state is not None:
         weights = foreign_weights(source, state)
-        if "blocks.0.attn.q_bias" in weights and "pos_embed" in weights:
-            weights = with_plain_attention(weights)         # BEiT with absolute positions
-            arguments = arguments | dict(positions="absolute")
-        elif "pos_embed" in weights:
+        if "pos_embed" in weights:
             arguments = arguments | MOCO_V3
     arguments = {key: value for key, value in arguments.items() if key != "codes"} | task
     if arguments.get("positions", "shared") == "shared":
@@ -261,17 +258,6 @@ def foreign_weights(source, state):
         checkpoint.check_weights(weights)
     except checkpoint.UNFIT as error:
         raise InputError(f"{source}: {error}") from error
-    return weights
-
-
-def with_plain_attention(weights):
-    """BEiT's biases of queries and values as one of queries, keys (0) and values."""
-    weights = dict(weights)
-    for key in list(weights):
-        if key.endswith("attn.q_bias"):
-            q = weights.pop(key)
-            v = weights.pop(key.replace("q_bias", "v_bias"))
-            weights[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
     return weights
 
 

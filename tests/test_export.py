@@ -145,7 +145,7 @@ def test_names_of_transformers_and_back(chain):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_what_is_exported_is_taken_back(stage, chain):
+def test_what_is_exported_is_taken_back(stage, chain, capsys):
     optional("safetensors")
     export.main([randomized(chain, stage), "folder"])
     own, back = weights.load(f"{stage}.pt"), weights.load("folder")
@@ -158,6 +158,7 @@ def test_what_is_exported_is_taken_back(stage, chain):
     begun = [weights.begin(args, weights.read(args), 32, 10)[0].state_dict() for args in (
         finetune.get_args(["--recipe", "demo", "--init", f"{stage}.pt"]),
         finetune.get_args(["--recipe", "demo", "--model", "tiny", "--init", "folder"]))]
+    assert "--statistics" not in capsys.readouterr().out    # they are what the flag says
     assert begun[0].keys() == begun[1].keys()
     for key, value in begun[0].items():
         if stage == "finetune" or not key.startswith("head."):      # drawn anew

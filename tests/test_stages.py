@@ -479,7 +479,7 @@ def test_tokenizers_of_about_the_patch_size_fit(chain):
     ["--init", "teacher"],
     ["--init", "finetune"],
     ["--ema-decay", "0.9"],
-    ["--cutmix", "1.0", "--randaugment", "14", "--erasing", "0.25"],
+    ["--cutmix", "1.0", "--augment", "image", "--randaugment", "14", "--erasing", "0.25"],
 ], ids=" ".join)
 def test_fine_tuning(flags, chain):
     runs = {"teacher": str(chain.teacher), "finetune": str(chain.finetune)}
@@ -516,6 +516,13 @@ def test_weights_average_is_what_is_evaluated(chain):
     built, _ = finetune.build(again, 10, checkpoint.load("run"))
     assert all(torch.equal(built.state_dict()[key], average[key]) for key in average)
     assert any(not torch.equal(average[key], state["model"][key]) for key in average)
+
+
+def test_whole_batches_have_no_rand_augment_and_no_erasing(chain, capsys):
+    for flag, value in (("--randaugment", "9"), ("--erasing", "0.25")):
+        message = fails(capsys, "finetune", *chain.inputs["finetune"], "--augment", "batch", flag,
+                        value)
+        assert "--augment batch has no RandAugment and no erasing" in message
 
 
 def test_an_evaluation_at_another_size_says_so(chain, capsys):

@@ -6,11 +6,10 @@ import urllib.error
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from conftest import COMMON, run
 from test_stages import fails, log, newest
-from test_vit import pixels, randomize, seeded, statistics, tiny_vit
+from test_vit import pixels, randomize, tiny_vit
 
 import checkpoint
 import finetune
@@ -222,69 +221,6 @@ def test_a_deepspeed_file_begins_fine_tuning(chain):
     torch.save(dict(module=state, optimizer=None, global_steps=7), "deepspeed.pt")
     network, _ = begun("deepspeed.pt")
     assert torch.equal(network.blocks[2].mlp.fc2.weight, state["blocks.2.mlp.fc2.weight"])
-
-
-def beit_weights(dim=64, depth=4, patches=16, patch_size=8):
-    """Random weights by the names of BEiT's files with absolute positions."""
-    generator = seeded()
-
-    def drawn(*shape):
-        return 0.2 * torch.randn(*shape, generator=generator)
-
-    state = {"cls_token": drawn(1, 1, dim), "mask_token": drawn(1, 1, dim),
-             "pos_embed": drawn(1, 1 + patches, dim),
-             "patch_embed.proj.weight": drawn(dim, 3, patch_size, patch_size),
-             "patch_embed.proj.bias": drawn(dim),
-             "norm.weight": drawn(dim), "norm.bias": drawn(dim),
-             "lm_head.weight": drawn(32, dim), "lm_head.bias": drawn(32)}
-    for i in range(depth):
-        for name in ("gamma_1", "gamma_2", "norm1.weight", "norm1.bias", "norm2.weight",
-                     "norm2.bias", "attn.q_bias", "attn.v_bias", "attn.proj.bias", "mlp.fc2.bias"):
-            state[f"blocks.{i}.{name}"] = drawn(dim)
-        state[f"blocks.{i}.attn.qkv.weight"] = drawn(3 * dim, dim)
-        state[f"blocks.{i}.attn.proj.weight"] = drawn(dim, dim)
-        state[f"blocks.{i}.mlp.fc1.weight"] = drawn(4 * dim, dim)
-        state[f"blocks.{i}.mlp.fc1.bias"] = drawn(4 * dim)
-        state[f"blocks.{i}.mlp.fc2.weight"] = drawn(dim, 4 * dim)
-    return state
-
-
-def beit_tokens(state, images, heads=2, depth=4):
-    """BEiT's forward pass by hand: images as its network takes them → tokens after the blocks."""
-    def norm(x, name):
-        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
-
-    x = F.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], 8)
-    x = x.flatten(2).mT                                                         # (B, N, D)
-    x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], 1) + state["pos_embed"]
-    for i in range(depth):
-        own = {key.removeprefix(f"blocks.{i}."): value for key, value in state.items()}
-        q, k, v = (norm(x, f"blocks.{i}.norm1") @ own["attn.qkv.weight"].T).chunk(3, -1)
-        q, v = q + own["attn.q_bias"], v + own["attn.v_bias"]               # keys have no bias
-        outputs = []
-        for q_h, k_h, v_h in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1),
-                                 strict=True):
-            scores = q_h @ k_h.mT / math.sqrt(q_h.shape[-1])                    # (B, 1+N, 1+N)
-            outputs.append(scores.softmax(-1) @ v_h)
-        attended = torch.cat(outputs, -1) @ own["attn.proj.weight"].T + own["attn.proj.bias"]
-        x = x + own["gamma_1"] * attended
-        hidden = norm(x, f"blocks.{i}.norm2") @ own["mlp.fc1.weight"].T + own["mlp.fc1.bias"]
-        x = x + own["gamma_2"] * (F.gelu(hidden) @ own["mlp.fc2.weight"].T + own["mlp.fc2.bias"])
-    return x
-
-
-@pytest.mark.parametrize("name", ["half", "imagenet"])
-def test_beit_with_absolute_positions_is_the_same_function(name):
-    """Its q_bias and v_bias become one bias; --statistics says what its inputs were."""
-    state = beit_weights()
-    torch.save(dict(model=state), "beit.pth")
-    network, model_args = begun("beit.pth", "--statistics", name)
-    assert model_args["positions"] == "absolute"
-    mean, std = statistics() if name == "imagenet" else (0.5, 0.5)
-    x = pixels(2, 3, 32, 32)
-    expected = beit_tokens(state, ((x + 1) / 2 - mean) / std)
-    assert torch.allclose(network.tokens(x, [4])[0], expected, rtol=1e-3, atol=1e-3)
-    assert len(state) == len(beit_weights())                # the file's own are left alone
 
 
 # ------------------------------------------------------------------------------------------------
