@@ -113,6 +113,8 @@ def ablations(recipe):
         "Encoder and decoder (Table 8)": {
             "PeCo": peco,
             "PeCo_MAE": ("mae", None, "--mae --mask-ratio 0.75"),
+            "the same on pixel codes": ("mae-pixel", "--perceptual-weight 0",
+                                        "--mae --mask-ratio 0.75"),
         },
     }
 
