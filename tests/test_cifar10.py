@@ -213,7 +213,7 @@ def test_ablations_are_flags_of_the_stages(recipe):
             tokenizer.get_args(["--recipe", recipe, *(flags or "").split()])
             pretrain.get_args(["--recipe", recipe, *pretrain_flags.split()])
             own.append(name)
-    assert len(own) == len(set(own)) == 4 + 4 + 1 + 2 + 1
+    assert len(own) == len(set(own)) == 4 + 4 + 1 + 2 + 2
 
 
 def test_mean_and_standard_error():
