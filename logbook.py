@@ -101,15 +101,16 @@ class Run:
         """Go on from the newest sound checkpoint of the folder."""
         state = checkpoint.load(self.folder)
         self.compare_arguments(state["args"])
-        own = self.optimizer.state_dict()["param_groups"]
+        groups = self.optimizer.state_dict()["param_groups"]
         try:
-            names = [group["param_names"] for group in state["optimizer"]["param_groups"]]
-            if names != [group["param_names"] for group in own]:
-                raise ValueError("other parameters")        # moments load by position
+            for group, then in zip(groups, state["optimizer"]["param_groups"], strict=True):
+                if group["param_names"] != then["param_names"]:
+                    raise ValueError("other parameters")    # moments load by position
+                group["lr"] = then["lr"]                    # best.pt may be written before set_lr
             for name, module in self.modules.items():
                 module.load_state_dict(state[name])
             # Its own settings: with --resume force the new weight decay counts.
-            self.optimizer.load_state_dict(state["optimizer"] | dict(param_groups=own))
+            self.optimizer.load_state_dict(state["optimizer"] | dict(param_groups=groups))
         except checkpoint.UNFIT as error:                   # its last line: expected and found
             detail = str(error).splitlines()[-1].strip()
             raise InputError(f"--output {self.folder} holds a run of another architecture "
