@@ -283,10 +283,10 @@ def main(args):
     if args.eval:
         weights.refuse_other_names(f"--init {args.init}", state, f"--data {args.data}", val.classes)
     model, model_args = build(args, 0 if args.probe else classes, state)
-    if args.eval and "stage" in state:
-        weights.say_other_sizes(args, state)
     model.to(device)
     if args.eval:
+        if "stage" in state:                                # one of our own
+            weights.say_other_sizes(args, state)
         row = evaluate(args, model, val, device, val_indices)
         return logbook.report(args, row, init=args.init, split=split)
     if args.probe:
