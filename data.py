@@ -15,11 +15,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import folders
-import runtime
 from augment import to_bytes
-from commandline import count, number
-from runtime import InputError, derive_seed, rank, world_size
-from scenes import Synthetic, synthetic_number
+from support import launch
+from support.flags import count, number
+from support.launch import InputError, derive_seed, rank, world_size
+from support.scenes import Synthetic, synthetic_number
 from transforms import Joint, to_rgb
 
 LAYOUT = "synthetic[:IMAGES], cifar10, cifar100, or a folder with train/ and val/, a folder a class"
@@ -80,7 +80,7 @@ def load_images(name, split, image_size):
 
 def cifar(name, split, root):
     try:
-        with runtime.first_of_machine():
+        with launch.first_of_machine():
             return CIFAR[name](root, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise InputError(
@@ -163,7 +163,7 @@ class Samples(Dataset):
         if not self.bad[index]:
             self.bad[index] = True
             number = int(self.bad.sum())
-            runtime.warn(f"{error}; skipped, {number} of at most {self.skip}")
+            launch.warn(f"{error}; skipped, {number} of at most {self.skip}")
         if self.bad.sum() > min(self.skip, len(self.indices) - 1):
             raise InputError(f"{error}: more than --skip-bad-images {self.skip}") from error
 
@@ -233,7 +233,7 @@ class TrainLoader:
             indices = range(len(dataset))
         self.transform, self.device, self.accumulate = transform, device, args.accumulate
         self.batches = GlobalBatches(
-            indices, args.batch_size, runtime.micro_batch(args), start, stop, args.seed)
+            indices, args.batch_size, launch.micro_batch(args), start, stop, args.seed)
         samples = Samples(dataset, transform, args.seed, indices, args.skip_bad_images)
         if start < stop:
             hold_small_images(samples, args)
@@ -273,7 +273,7 @@ def make_loader(samples, batches, workers, collate=None):
 def start_worker(worker):
     torch.set_num_threads(1)
     # torchrun and Ctrl-C signal every process: a worker that died of it would cost the checkpoint.
-    for one in runtime.SIGNALS:
+    for one in launch.SIGNALS:
         signal.signal(one, signal.SIG_IGN)
 
 

@@ -26,19 +26,16 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import v2 as T
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 
-import checkpoint
-import commandline
 import data
 import folders
-import logbook
-import runtime
 import transforms
-import weights
-from commandline import count, number
-from logbook import Run
 from model import VisionTransformer, ViTPyramid, param_groups
-from runtime import InputError
-from scenes import Scenes, instances, palette, synthetic_number
+from support import checkpoint, flags, launch, weights
+from support import run as logbook
+from support.flags import count, number
+from support.launch import InputError
+from support.run import Run
+from support.scenes import Scenes, instances, palette, synthetic_number
 
 try:
     from pycocotools import mask as rle
@@ -88,7 +85,7 @@ PICTURES = 8                    # validation images drawn at each evaluation; ou
 
 
 def get_args(argv=None):
-    p = commandline.parser("detect", __doc__)
+    p = flags.parser("detect", __doc__)
     p.add_argument("--eval", action="store_true", help="only evaluate --init")
     p.add_argument("--max-size", type=number(int, at_least=1, at_most=8192),
                    help="largest longer side, pixels; --image-size is the shorter one")
@@ -100,7 +97,7 @@ def get_args(argv=None):
     weights.add_arguments(p, also="none: from scratch; with --eval: a run of detect.py")
     layout = "synthetic[:IMAGES], or a folder in COCO's layout: train2017/, val2017/, annotations/"
     data.add_arguments(p, layout=layout, augment=False)
-    return commandline.parse(p, RECIPES, argv)
+    return flags.parse(p, RECIPES, argv)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -356,7 +353,7 @@ def evaluate(args, model, dataset, device):
     results = []
     loader = data.eval_loader(dataset, transform(train=False), 1, args.workers,
                               collate=data.as_lists)
-    own = range(runtime.rank(), len(dataset), runtime.world_size())     # as eval_loader has them
+    own = range(launch.rank(), len(dataset), launch.world_size())     # as eval_loader has them
     for index, ([image], [target]) in zip(own, loader, strict=True):
         detections = model([image.to(device)])[0]
         results += as_results(detections, dataset.ids[index], dataset.category_ids)
@@ -368,9 +365,9 @@ def evaluate(args, model, dataset, device):
     parts = [results]                                       # of each rank
     row = [None]                                            # a list: what torch.distributed sends
     if dist.is_initialized():
-        parts = [None] * dist.get_world_size() if runtime.rank() == 0 else None
+        parts = [None] * dist.get_world_size() if launch.rank() == 0 else None
         dist.gather_object(results, parts)
-    if runtime.rank() == 0:
+    if launch.rank() == 0:
         row = [average_precision(ground_truth(dataset), sum(parts, []))]
     if dist.is_initialized():
         dist.broadcast_object_list(row)
@@ -401,12 +398,12 @@ def draw(image, detections, target, classes, path):
 def main(args):
     if COCO is None:
         raise InputError("COCO's evaluation is missing: pip install pycocotools")
-    device = runtime.device()
+    device = launch.device()
     val = load_dataset(args.data, "val", args.image_size)
     classes = len(val.classes)
     if args.eval:
         model = load(args, classes).to(device)
-        model.backbone.autocast = runtime.autocast(args, device)
+        model.backbone.autocast = launch.autocast(args, device)
         logbook.make_folder(args.output)                    # for the pictures
         row = evaluate(args, model, val, device)
         return logbook.report(args, row, init=args.init, split="val")
@@ -416,7 +413,7 @@ def main(args):
     state = weights.read(args)
     model, model_args = build(args, classes, state)
     model.to(device)
-    model.backbone.autocast = runtime.autocast(args, device)
+    model.backbone.autocast = launch.autocast(args, device)
     groups = param_groups(model, args.weight_decay, args.layer_decay, vit="backbone.pyramid.vit")
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
 
@@ -443,7 +440,7 @@ def main(args):
             break
 
         lr = schedule(step, run.steps, args.warmup_steps, args.lr)
-        runtime.set_lr(optimizer, lr)
+        launch.set_lr(optimizer, lr)
         batch = next(batches)
         run.seed(step)                                # sampled anchors and boxes, drop path
         for images, targets in run.accumulate(batch, network):
@@ -460,4 +457,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runtime.launch(main, get_args())
+    launch.start(main, get_args())

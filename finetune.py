@@ -13,15 +13,13 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2 as T
 
-import commandline
 import data
-import logbook
-import runtime
 import transforms
-import weights
-from commandline import amount, number, rate, share
-from logbook import Run
 from model import param_groups
+from support import flags, launch, weights
+from support import run as logbook
+from support.flags import amount, number, rate, share
+from support.run import Run
 
 PAPER = dict(
     data="data/imagenet",       # ImageNet-1K [PeCo]
@@ -115,7 +113,7 @@ HOLDOUT_SEED = 1_000_000        # one split for every --seed, and not that of th
 
 
 def get_args(argv=None):
-    p = commandline.parser("finetune", __doc__)
+    p = flags.parser("finetune", __doc__)
     p.add_argument("--eval", action="store_true", help="only evaluate --init, a fine-tuned model")
     p.add_argument("--probe", choices=["linear", "knn"],
                    help="only classify the frozen features of --init")
@@ -139,7 +137,7 @@ def get_args(argv=None):
                    help="centre crop in evaluation, share of the side")
     weights.add_arguments(p)
     data.add_arguments(p)
-    return commandline.parse(p, RECIPES, argv)
+    return flags.parse(p, RECIPES, argv)
 
 
 def build(args, classes, state):
@@ -149,7 +147,7 @@ def build(args, classes, state):
     """
     model, model_args, missing = weights.begin(args, state, args.image_size, classes)
     if args.eval and missing:
-        raise runtime.InputError(
+        raise launch.InputError(
             f"--init {args.init}: no classifier of {classes} classes in it (it lacks "
             f"{', '.join(missing[:3])}): fine-tune it first, or name a run that was")
     return model, model_args
@@ -160,7 +158,7 @@ def build(args, classes, state):
 
 def val_loader(args, dataset, indices=None):
     transform = transforms.evaluation(args.image_size, args.eval_crop)
-    return data.eval_loader(dataset, transform, runtime.micro_batch(args), args.workers, indices)
+    return data.eval_loader(dataset, transform, launch.micro_batch(args), args.workers, indices)
 
 
 @torch.no_grad()
@@ -168,7 +166,7 @@ def evaluate(args, model, dataset, device, indices=None):
     """Top-1 and top-5 accuracy in %, over every image once, on any number of ranks."""
     model.eval()
     hits1, hits5, images = torch.zeros(3, dtype=torch.float64, device=device)
-    autocast = runtime.autocast(args, device)
+    autocast = launch.autocast(args, device)
     for pixels, labels in val_loader(args, dataset, indices):
         labels = labels.to(device)
         with autocast:
@@ -193,7 +191,7 @@ def probe(args, model, dataset, indices, val, val_indices, device):
     """Top-1 accuracy in % of a classifier of frozen features, on rank 0."""
     train, train_labels = extract(args, model, dataset, device, indices)
     features, labels = extract(args, model, val, device, val_indices)
-    if runtime.rank() > 0:
+    if launch.rank() > 0:
         return {}
     classify = knn if args.probe == "knn" else linear_probe
     predictions = classify(train, train_labels, features, len(val.classes))
@@ -205,7 +203,7 @@ def probe(args, model, dataset, indices, val, val_indices, device):
 def extract(args, model, dataset, device, indices=None):
     """Features (images, D) and labels (images,) of a dataset; on rank 0 those of all ranks."""
     last = [len(model.blocks)]
-    autocast = runtime.autocast(args, device)
+    autocast = launch.autocast(args, device)
     features, labels = [], []
     for images, targets in val_loader(args, dataset, indices):
         with autocast:
@@ -216,7 +214,7 @@ def extract(args, model, dataset, device, indices=None):
     own = (torch.cat(features), torch.cat(labels))
     parts = [own]
     if dist.is_initialized():
-        parts = [None] * dist.get_world_size() if runtime.rank() == 0 else None
+        parts = [None] * dist.get_world_size() if launch.rank() == 0 else None
         dist.gather_object(own, parts)
         if parts is None:                                   # the other ranks have no more to do
             parts = [own]
@@ -245,7 +243,7 @@ def linear_probe(train, train_labels, val, classes, steps=2000, batch=1024, lr=1
     layer = nn.Linear(train.shape[1], classes).to(train.device)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=lr, weight_decay=weight_decay)
     for step in range(steps):
-        runtime.set_lr(optimizer, runtime.cosine(step, steps, 0, lr))
+        launch.set_lr(optimizer, launch.cosine(step, steps, 0, lr))
         rows = torch.randint(len(train), (min(batch, len(train)),)).to(train.device)
         logits = layer((train[rows] - mean) / std)                              # (batch, classes)
         F.cross_entropy(logits, train_labels[rows]).backward()
@@ -258,7 +256,7 @@ def linear_probe(train, train_labels, val, classes, steps=2000, batch=1024, lr=1
 # ------------------------------------------------------------------------------------------------
 
 def main(args):
-    device = runtime.device()
+    device = launch.device()
 
     # The images: of training, by --label-fraction, and of evaluation, by --holdout
     split, val_indices = "val", None
@@ -274,7 +272,7 @@ def main(args):
     args.class_names = list(val.classes)                    # other classes are another task
     classes = len(val.classes)
     if classes < 2:
-        raise runtime.InputError(
+        raise launch.InputError(
             f"--data {args.data}: one class only, {val.classes[0]}: two or more are needed")
 
     # The model, from a checkpoint; its digest is an argument, since another one is another start.
@@ -312,7 +310,7 @@ def main(args):
     if args.compile:
         model.compile()
     network = run.distribute(model)
-    autocast = runtime.autocast(args, device)
+    autocast = launch.autocast(args, device)
     warmup = args.warmup_epochs * run.epoch_steps
 
     batches = iter(loader)
@@ -325,8 +323,8 @@ def main(args):
         if step == run.steps:
             break
 
-        lr = runtime.cosine(step, run.steps, warmup, args.lr)
-        runtime.set_lr(optimizer, lr)                       # times each layer's own factor
+        lr = launch.cosine(step, run.steps, warmup, args.lr)
+        launch.set_lr(optimizer, lr)                       # times each layer's own factor
         batch = next(batches)
         run.seed(step)                                      # mixup, cutmix, drop path
         for images, labels in run.accumulate(batch, network):
@@ -358,4 +356,4 @@ def mixer(args, classes):
 
 
 if __name__ == "__main__":
-    runtime.launch(main, get_args())
+    launch.start(main, get_args())

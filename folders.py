@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from runtime import InputError
+from support.launch import InputError
 
 HELD_OUT = 20                   # every 20th image is evaluated where there is no val/; our choice
 EXTENSIONS = ", ".join(IMG_EXTENSIONS)

@@ -1,17 +1,22 @@
-"""The Vision Transformer, its masks, and the networks made of it: what stages 2 and 3 train.
+"""Everything that the paper defines, in its order: imports nothing of the project.
 
-The perceptual codebook of stage 1 is in codebook.py. Nothing here knows of files, datasets or
-schedules; of training only the optimizer's groups (param_groups).
+1  the quantizer (Eq. 1–3)             4  the ViT (Eq. 6), MAE's encoder and decoder
+2  the tokenizer's networks            5  masks
+3  the perceptual loss (Eq. 4),        6  what training asks of a ViT: optimizer groups, pyramid
+   the discriminator (Eq. 8)           7  positions of another grid
 
-Papers: "PeCo" is arXiv 2111.12710, "BEiT" 2106.08254, "MoCo v3" 2104.02057, "MAE" 2111.06377. "Our
-choice" marks what none of them states.
+Papers: "PeCo" is arXiv 2111.12710, "BEiT" 2106.08254, "MoCo v3" 2104.02057, "MAE" 2111.06377,
+"VQ-VAE" 1711.00937, "VQGAN" 2012.09841, "LPIPS" 1801.03924. "Our choice" marks what none of them
+states.
 
 Shapes, at the right margin:
-    B images    N patches = h·w, token 0 is the class token    D width    M masked patches
-    K codes of the codebook    V visible patches of an image   H, W pixels    h, w patches
+    B images    H, W pixels    C channels of a feature map    h, w patches, down and across
+    N patches = h·w, token 0 is the class token    D width; in the quantizer, of a code
+    K codes of the codebook    R rows to quantize = B·h·w
+    M masked patches    V visible patches of an image
 
-Conventions: pixels are in [-1, 1] (transforms.py makes them so); masks are True where a patch is
-masked; patches and codes run row by row from the top left.
+Conventions: pixels are in [-1, 1]; masks are True where a patch is masked; patches and codes run
+row by row from the top left. Arguments that do not fit raise ValueError.
 """
 import functools
 import math
@@ -20,12 +25,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import StochasticDepth
-
-from runtime import InputError
 
 SIZES = {
     "nano": dict(dim=64, depth=4, heads=2),                 # our choice, for the demo
@@ -40,61 +45,426 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)                       # MoCo v3's and torc
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 # ------------------------------------------------------------------------------------------------
-# Relative position bias (BEiT, appendix A, and its code's default): a learned number for each
-# relative position and head, added to the logits of attention. Pre-training shares one table over
-# all blocks, fine-tuning has one a block. Module and parameter names are BEiT's own, so that its
-# files load unchanged.
+# 1  Vector quantization (Eq. 1–3)
 
-class Grid(NamedTuple):
-    """Patches of the images at hand, down and across; with relative positions also their index."""
-    h: int
-    w: int
-    index: torch.Tensor | None
+class Quantizer(nn.Module):
+    """Nearest-neighbour codebook in L2, learned by exponential moving averages (PeCo, Eq. 1–3, 5).
 
+    The codebook term ‖sg[Enc(x)] − z_q‖² of Eq. 3 is in no loss: the moving averages realise it
+    (VQ-VAE, appendix A.1; PeCo's default). Everything is in fp32 whatever the autocast: distances
+    in half precision find wrong neighbours.
 
-def relative_position_index(h, w, device=None):
-    """Row of the bias table for each pair of tokens, class token first → (1+N, 1+N)."""
-    down, across = torch.arange(h, device=device), torch.arange(w, device=device)
-    ys, xs = torch.meshgrid(down, across, indexing="ij")
-    y, x = ys.flatten(), xs.flatten()                                           # (N,)
-    dy = y[:, None] - y[None, :] + h - 1                                        # (N, N), from 0
-    dx = x[:, None] - x[None, :] + w - 1                                        # (N, N), from 0
-    last = (2 * h - 1) * (2 * w - 1) + 2
-    index = torch.full((h * w + 1, h * w + 1), last, device=device)             # class → class
-    index[1:, 1:] = dy * (2 * w - 1) + dx
-    index[0, 1:] = last - 2                                                     # class → patch
-    index[1:, 0] = last - 1                                                     # patch → class
-    return index
+    In training, forward only keeps the batch's vectors. update(), called where the optimizer
+    steps, moves the codebook by those of the global batch, the same way on all ranks.
 
+    size: K; dim: D of a code; decay: γ of the averages, a step; revive: a code whose average use
+    falls below this share of the mean (our choice) starts anew at a random vector of the batch.
+    """
 
-def bias_table(grid, heads):
-    """A row for each relative position of grid × grid patches, and three for the class token."""
-    return nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, heads))
-
-
-def position_bias(table, grid):
-    """The biases of a table for a Grid of patches → (1, heads, 1+N, 1+N)."""
-    h, w, index = grid
-    if h != w or len(table) != (2 * h - 1) ** 2 + 3:
-        table = resize_bias_table(table, h, w)
-    bias = table[index].permute(2, 0, 1).unsqueeze(0)
-    return bias.contiguous()                                # fused attention needs contiguous rows
-
-
-class RelativePositionBias(nn.Module):
-    """The table that all blocks share."""
-
-    def __init__(self, grid, heads):
+    def __init__(self, size=8192, dim=256, decay=0.99, revive=0.01):
         super().__init__()
-        self.relative_position_bias_table = bias_table(grid, heads)
+        self.decay, self.revive = decay, revive
+        self.register_buffer("codebook", torch.zeros(size, dim))                # e (K, D)
+        self.register_buffer("count", torch.zeros(size))                        # N: average of n
+        self.register_buffer("sum", torch.zeros(size, dim))                    # m: average of Σ z_e
+        self.pending = []                                  # (vectors, codes) of each micro-batch
 
-    def forward(self, grid):
-        return position_bias(self.relative_position_bias_table, grid)
+    @torch.no_grad()
+    def nearest(self, z):
+        """Eq. 1: argmin_k ‖z − e_k‖² for rows z (R, D) → codes (R,)."""
+        norms = self.codebook.square().sum(1)                                   # ‖e‖² (K,)
+        codes = []
+        for rows in z.split(1024):                          # so that no R × K matrix is held
+            # ‖e‖² − 2 z·e: ‖z‖² is the same for all k
+            distances = torch.addmm(norms, rows, self.codebook.T, alpha=-2)     # (1024, K)
+            codes.append(distances.min(1).indices)
+        return torch.cat(codes)
+
+    def encode(self, z_e):
+        """z_e (B, D, h, w) → codes (B, h, w)."""
+        codes = self.nearest(rows_of(z_e))
+        return codes.view(len(z_e), *z_e.shape[2:])
+
+    def lookup(self, codes):
+        """Eq. 2: codes (B, h, w) → their vectors (B, D, h, w)."""
+        return F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
+
+    def forward(self, z_e):
+        """z_e (B, D, h, w) → z_q with a straight-through gradient, codes (B, h, w), L_commit."""
+        with torch.autocast(z_e.device.type, enabled=False):
+            z_e = z_e.to(self.codebook.dtype)
+            codes = self.encode(z_e)
+            if self.training:
+                self.pending.append((rows_of(z_e.detach()), codes.flatten()))
+            e = self.lookup(codes)                                              # (B, D, h, w)
+            # ‖sg[z_q] − Enc(x)‖² of Eq. 3, averaged over all numbers as VQGAN does (our choice)
+            l_commit = F.mse_loss(z_e, e.detach())
+            z_q = z_e + (e - z_e).detach()                  # straight through: dz_q/dz_e = 1
+            return z_q, codes, l_commit
+
+    @torch.no_grad()
+    def initialize(self, generator):
+        """Codes := random vectors of the pending global batch, each counted as used equally."""
+        vectors, _ = self.take_pending()                                        # (parts, R, D)
+        self.codebook.copy_(self.draw(vectors, len(self.codebook), generator))
+        self.count.fill_(vectors[..., 0].numel() * world_size() / len(self.count))
+        self.sum.copy_(self.codebook * self.count[:, None])
+
+    @torch.no_grad()
+    def update(self, generator):
+        """A step of the averages over the pending global batch; generator: alike on all ranks."""
+        vectors, codes = self.take_pending()
+        n = torch.bincount(codes, minlength=len(self.count)).to(self.count.dtype)   # uses (K,)
+        total = torch.zeros_like(self.sum)                                          # Σ z_e (K, D)
+        total.index_add_(0, codes, vectors.flatten(0, 1))
+        if dist.is_initialized():
+            dist.all_reduce(n)
+            dist.all_reduce(total)
+        self.count.lerp_(n, 1 - self.decay)                 # N ← γN + (1 − γ)n
+        self.sum.lerp_(total, 1 - self.decay)               # m ← γm + (1 − γ)Σ z_e
+        mean = self.count.mean()
+        dead = self.count < self.revive * mean
+        if dead.any():
+            # A revived code counts as used like the mean. With its old averages it would go back.
+            self.sum[dead] = mean * self.draw(vectors, int(dead.sum()), generator)
+            self.count[dead] = mean
+        used = self.count[:, None] > 1e-30                  # without revival N and m end at 0
+        self.codebook.copy_(torch.where(used, self.sum / self.count[:, None], self.codebook))
+
+    def take_pending(self):
+        """This rank's vectors (micro-batches, R, D) and codes (all R,) since the last call."""
+        vectors = torch.stack([rows for rows, _ in self.pending])
+        codes = torch.cat([codes for _, codes in self.pending])
+        self.pending.clear()
+        return vectors, codes
+
+    def draw(self, vectors, number, generator):
+        """Random rows of all ranks' vectors, the same on every rank → (number, D).
+
+        They are different ones, if there are as many. The order of the global batch is micro-batch,
+        rank, row: so the draw does not depend on the number of ranks.
+        """
+        if dist.is_initialized():
+            parts = [torch.empty_like(vectors) for _ in range(world_size())]
+            dist.all_gather(parts, vectors)
+            vectors = torch.stack(parts, 1)                 # (micro-batches, ranks, R, D)
+        vectors = vectors.flatten(0, -2)
+        order = torch.randperm(len(vectors), generator=generator)
+        drawn = order[torch.arange(number) % len(vectors)]  # again from the first if they are few
+        return vectors[drawn.to(vectors.device)]
+
+
+def rows_of(z_e):
+    """(B, D, h, w) → (R, D)"""
+    return z_e.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 # ------------------------------------------------------------------------------------------------
-# Vision Transformer
+# 2  The tokenizer's encoder and decoder in VQGAN's form (PeCo, "Pre-training Details"): two
+# residual blocks at each resolution, a self-attention block between two more at the lowest.
+
+def norm_act(channels):
+    return nn.Sequential(group_norm(channels), nn.SiLU())
+
+
+def group_norm(channels):
+    """VQGAN's, in 32 groups; narrow layers in groups of two channels (our choice)."""
+    return nn.GroupNorm(min(32, channels // 2), channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.body = nn.Sequential(
+            norm_act(inputs), nn.Conv2d(inputs, outputs, 3, padding=1),
+            norm_act(outputs), nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x):
+        return self.skip(x) + self.body(x)
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        qkv = self.qkv(self.norm(x)).flatten(2).mT.unsqueeze(1)                 # (B, 1, h·w, 3·C)
+        q, k, v = qkv.chunk(3, -1)
+        y = F.scaled_dot_product_attention(q, k, v)                             # (B, 1, h·w, C)
+        return x + self.proj(y.squeeze(1).mT.reshape(x.shape))
+
+
+class Downsample(nn.Sequential):
+    """Half the resolution, by a strided convolution padded on the right and below only (VQGAN)."""
+
+    def __init__(self, channels):
+        super().__init__(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+
+
+class Upsample(nn.Sequential):
+    """Twice the resolution, by nearest neighbours and a convolution (VQGAN)."""
+
+    def __init__(self, channels):
+        super().__init__(nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1))
+
+
+def level(inputs, outputs, blocks=2):
+    """The residual blocks of one resolution."""
+    return [ResidualBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks)]
+
+
+def middle(channels):
+    return [ResidualBlock(channels, channels), AttentionBlock(channels),
+            ResidualBlock(channels, channels)]
+
+
+class Encoder(nn.Sequential):
+    """Images (B, 3, H, W) → z_e (B, D, H/s, W/s), s = 2^(len(channels) − 1)."""
+
+    def __init__(self, channels, dim):
+        width = channels[0]
+        layers = [nn.Conv2d(3, width, 3, padding=1), *level(width, width)]
+        for outputs in channels[1:]:
+            layers += [Downsample(width), *level(width, outputs)]
+            width = outputs
+        layers += [*middle(width), norm_act(width), nn.Conv2d(width, dim, 3, padding=1)]
+        super().__init__(*layers)
+
+
+class Decoder(nn.Sequential):
+    """z_q (B, D, h, w) → images (B, 3, h·s, w·s): the encoder in reverse."""
+
+    def __init__(self, channels, dim, blocks=2):
+        width = channels[-1]
+        layers = [nn.Conv2d(dim, width, 3, padding=1), *middle(width), *level(width, width, blocks)]
+        for outputs in reversed(channels[:-1]):
+            layers += [Upsample(width), *level(width, outputs, blocks)]
+            width = outputs
+        layers += [norm_act(width), nn.Conv2d(width, 3, 3, padding=1)]
+        super().__init__(*layers)
+
+
+class ViTEncoder(nn.Module):
+    """Images (B, 3, H, W) → z_e (B, D, H/p, W/p), by a plain ViT (PeCo, Table 12)."""
+
+    def __init__(self, image_size, patch_size, dim, code_dim, depth, heads):
+        super().__init__()
+        self.vit = VisionTransformer(image_size, patch_size, dim, depth, heads,
+                                     positions="absolute", layer_scale=0.0)
+        self.out = nn.Linear(dim, code_dim)
+
+    def forward(self, images):
+        h, w = self.vit.grid_of(images)
+        z_e = self.out(self.vit(images)[:, 1:])                                 # (B, N, D)
+        return z_e.mT.unflatten(2, (h, w))                                      # (B, D, h, w)
+
+
+class ViTDecoder(nn.Module):
+    """z_q (B, D, h, w) → images (B, 3, h·p, w·p): a patch of pixels from each token."""
+
+    def __init__(self, image_size, patch_size, dim, code_dim, depth, heads):
+        super().__init__()
+        self.grid, self.patch_size = image_size // patch_size, patch_size
+        self.embed = nn.Linear(code_dim, dim)
+        self.register_buffer("pos_embed", sincos_positions(self.grid, dim))     # (1, 1+N, dim)
+        self.blocks = plain_blocks(dim, depth, heads)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.out = nn.Linear(dim, 3 * patch_size ** 2)
+        initialize_xavier(self)
+
+    def forward(self, z_q):
+        h, w = z_q.shape[2:]
+        positions = self.pos_embed
+        if (h, w) != (self.grid, self.grid):
+            positions = resize_positions(positions, h, w)
+        x = self.embed(z_q.flatten(2).mT) + positions[:, 1:]                    # (B, N, dim)
+        for block in self.blocks:
+            x = block(x, None)
+        pixels = self.out(self.norm(x)).mT.unflatten(2, (h, w))                 # (B, 3·p², h, w)
+        return F.pixel_shuffle(pixels, self.patch_size)                         # (B, 3, H, W)
+
+
+class VQTokenizer(nn.Module):
+    """The perceptual codebook: image → codes → image (PeCo, "Learning Perceptual
+    Codebook for Visual Content").
+
+    image_size: of its training, pixels; any other multiples of the stride work too.
+    channels: of each resolution, the first at full size, each next one at half: the stride of the
+        codes is 2^(len(channels) − 1). decoder_channels: by default the same.
+    decoder_blocks: residual blocks of the decoder at each resolution; by default 2.
+    vit: dim, depth and heads of a ViT (see SIZES): encoder and decoder are ViTs of patch_size, and
+        channels count for nothing. decoder_blocks: of the decoder; by default as many.
+    """
+
+    def __init__(self, image_size=224, channels=(64, 128, 256, 512, 512), codebook_size=8192,
+                 code_dim=256, decay=0.99, revive=0.01, decoder_channels=None, decoder_blocks=None,
+                 vit=None, patch_size=16):
+        super().__init__()
+        decoder_channels = decoder_channels or channels
+        self.image_size = image_size
+        self.stride = patch_size if vit else 2 ** (len(channels) - 1)
+        if image_size % self.stride:
+            raise ValueError(f"image size {image_size} is no multiple of the tokenizer's stride "
+                             f"{self.stride}")
+        if any(c % (16 if c < 64 else 32) for c in (*channels, *decoder_channels)):
+            raise ValueError(f"channels {[*channels, *decoder_channels]} must be multiples of 16, "
+                             "from 64 on of 32")
+        if len(channels) != len(decoder_channels):
+            raise ValueError(f"channels {list(channels)} and those of the decoder, "
+                             f"{list(decoder_channels)}, must be as many")
+        if vit:
+            depth = decoder_blocks or vit["depth"]
+            self.encoder = ViTEncoder(image_size, patch_size, code_dim=code_dim, **vit)
+            self.decoder = ViTDecoder(image_size, patch_size, code_dim=code_dim,
+                                      **vit | dict(depth=depth))
+        else:
+            self.encoder = Encoder(channels, code_dim)
+            self.decoder = Decoder(decoder_channels, code_dim, decoder_blocks or 2)
+        self.quantizer = Quantizer(codebook_size, code_dim, decay, revive)
+
+    def forward(self, images):
+        """Images (B, 3, H, W) → reconstruction x̂ (B, 3, H, W), codes (B, h, w), L_commit."""
+        z_q, codes, l_commit = self.quantizer(self.encoder(images))
+        return self.decoder(z_q), codes, l_commit
+
+    @torch.no_grad()
+    def encode(self, images, grid=None):
+        """Images (B, 3, H, W) → codes (B, h, w); resized first where another grid is asked for."""
+        if grid is not None:
+            size = (grid * self.stride, grid * self.stride)
+            if images.shape[2:] != size:
+                images = F.interpolate(images, size, mode="bicubic", antialias=True)
+        z_e = self.encoder(images)                                              # (B, D, h, w)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.quantizer.encode(z_e.to(self.quantizer.codebook.dtype))
+
+    def decode(self, codes):
+        """Codes (B, h, w) → images (B, 3, h·s, w·s)."""
+        return self.decoder(self.quantizer.lookup(codes))
+
+
+# ------------------------------------------------------------------------------------------------
+# 3  The perceptual loss (Eq. 4)
+
+# The ends of torchvision's networks' stages: the last activations, as in LPIPS, or residual stages.
+CONVNET_LAYERS = {
+    "vgg16": ["features.3", "features.8", "features.15", "features.22", "features.29"],
+    "resnet50": ["layer1", "layer2", "layer3", "layer4"],
+}
+
+
+class PerceptualLoss(nn.Module):
+    """Eq. 4: L_percep = Σ_{l∈S} 1/(C_l H_l W_l) ‖f_l(x) − f_l(x̂)‖², averaged over the images.
+
+    f_l: activations of a frozen network after layer l, normalised at each position to zero mean and
+    unit variance over the channels (our choice; the paper says "normalized" only. With unit length,
+    as in LPIPS, 1/C_l would make the term C_l times smaller: it would vanish beside the pixels').
+
+    network: a VisionTransformer (layers S: blocks from 1; default the four quarters, 3, 6, 9, 12 of
+    12) or torchvision's VGG-16 or ResNet-50 (layers S: stages from 1; default all).
+    """
+
+    def __init__(self, network, layers=None):
+        super().__init__()
+        if isinstance(network, VisionTransformer):
+            number = len(network.blocks)
+            default = [max(1, number * i // 4) for i in (1, 2, 3, 4)]
+            self.image_size = network.image_size
+        else:
+            ends = CONVNET_LAYERS["resnet50" if hasattr(network, "layer4") else "vgg16"]
+            number = len(ends)
+            default = list(range(1, number + 1))
+            self.image_size = None                          # any size
+        self.layers = list(layers or default)
+        if not all(1 <= layer <= number for layer in self.layers):
+            raise ValueError(
+                f"perceptual layers {self.layers}: this network has layers 1 to {number}")
+        if self.image_size is None:
+            nodes = {ends[layer - 1]: str(layer) for layer in self.layers}
+            network = create_feature_extractor(network, nodes)
+        self.network = network.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    def train(self, mode=True):
+        return super().train(False)                         # frozen: always in eval mode
+
+    def features(self, images):
+        """f_l(images) of each layer: list of (B, C_l, H_l, W_l)."""
+        if self.image_size is None:
+            maps = self.network(((images + 1) / 2 - self.mean) / self.std).values()
+        else:                                               # a ViT normalises its inputs itself
+            size = (self.image_size, self.image_size)
+            if images.shape[2:] != size:                    # in fp32: bf16 has no such kernel
+                images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
+            maps = self.network.features(images, self.layers)
+        return [normalise(f) for f in maps]
+
+    def forward(self, x, x_hat):
+        with torch.no_grad():
+            target = self.features(x)
+        output = self.features(x_hat)
+        return sum(F.mse_loss(f_hat, f) for f, f_hat in zip(target, output, strict=True))
+
+
+def normalise(f):
+    """f (B, C, H, W) to zero mean and unit variance over the channels, at each position."""
+    channels = f.shape[1]
+    return F.layer_norm(f.float().movedim(1, -1), (channels,)).movedim(-1, 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# The adversarial ablation (Eq. 8)
+
+class PatchDiscriminator(nn.Sequential):
+    """Images (B, 3, H, W) → logits (B, 1, h, w), each of a field of 70 × 70 pixels.
+
+    VQGAN's PatchGAN with its initialisation; GroupNorm for BatchNorm (our choice).
+    """
+
+    def __init__(self, channels=64):
+        layers = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for stride in (2, 2, 1):
+            layers += [
+                nn.Conv2d(channels, 2 * channels, 4, stride, padding=1, bias=False),
+                nn.GroupNorm(channels // 8, 2 * channels),
+                nn.LeakyReLU(0.2),
+            ]
+            channels *= 2
+        super().__init__(*layers, nn.Conv2d(channels, 1, 4, padding=1))
+        for module in self:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.GroupNorm):
+                nn.init.normal_(module.weight, 1.0, 0.02)
+
+
+def adversarial(discriminator, judge, x, x_hat):
+    """Eq. 8: the discriminator D maximises log D(x) + log(1 − D(x̂)), the tokenizer opposes it.
+
+    Returns what the tokenizer minimises, −log D(x̂), and what D does, −log D(x) − log(1 − D(x̂));
+    each has a gradient to its own network alone. log(1 − D(x̂)), as printed, has hardly a gradient
+    while D is right: we take the non-saturating form of Goodfellow et al. (2014), our choice.
+    """
+    fixed = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+    logits = torch.func.functional_call(discriminator, fixed, x_hat)        # of x̂ (B, 1, h, w)
+    l_fool = -F.logsigmoid(logits.float()).mean()
+    real, fake = judge(torch.cat([x, x_hat.detach()])).float().chunk(2)
+    l_judge = -F.logsigmoid(real).mean() - F.logsigmoid(-fake).mean()       # 1 − σ(s) = σ(−s)
+    return l_fool, l_judge
+
+
+# ------------------------------------------------------------------------------------------------
+# 4  The Vision Transformer (Eq. 6)
 
 class Attention(nn.Module):
     """Multi-head self-attention.
@@ -194,7 +564,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if image_size % patch_size:
             multiple = image_size // patch_size * patch_size or patch_size
-            raise InputError(f"image size {image_size} is no multiple of patch size {patch_size}: "
+            raise ValueError(f"image size {image_size} is no multiple of patch size {patch_size}: "
                              f"try {multiple}")
         grid = image_size // patch_size
         self.grid, self.image_size, self.patch_size = grid, image_size, patch_size
@@ -301,7 +671,7 @@ class VisionTransformer(nn.Module):
         """Tokens after the named blocks, counted from 1: list of (B, 1+N, D)."""
         depth = len(self.blocks)
         if not layers or not all(1 <= layer <= depth for layer in layers):
-            raise InputError(f"layers {list(layers)}: this ViT has blocks 1 to {depth}")
+            raise ValueError(f"layers {list(layers)}: this ViT has blocks 1 to {depth}")
         x, grid = self.embed(images, mask)
         shared_bias = self.rel_pos_bias(grid) if self.rel_pos_bias is not None else None
         outputs = {}
@@ -314,7 +684,7 @@ class VisionTransformer(nn.Module):
     def features(self, images, layers=None):
         """Patch features after the named blocks, counted from 1: list of (B, D, h, w).
 
-        By default after the last one alone. Raises InputError where there is no such block.
+        By default after the last one alone. Raises ValueError where there is no such block.
         """
         layers = [len(self.blocks)] if layers is None else layers
         h, w = self.grid_of(images)
@@ -411,55 +781,51 @@ class MaskedDecoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# Positions of another grid
+# 5  Block-wise masking (BEiT, algorithm 1)
 
-@torch.compiler.disable                                     # the bisection in it is not for tracing
-def resize_bias_table(table, h, w):
-    """A square grid's bias table for h × w patches; the class token's three rows stay."""
-    side = math.isqrt(len(table) - 3)                                           # 2g − 1
-    image = table[:-3].float().T.unflatten(1, (side, side))                    # (heads, 2g−1, 2g−1)
-    old = (side + 1) // 2
-    down = torch.tensor(offset_weights(old, h), device=image.device)            # (2h−1, 2g−1)
-    across = torch.tensor(offset_weights(old, w), device=image.device)          # (2w−1, 2g−1)
-    with torch.autocast(table.device.type, enabled=False):
-        image = down @ image @ across.T                                        # (heads, 2h−1, 2w−1)
-    return torch.cat([image.flatten(1).T.to(table.dtype), table[-3:]])
+def block_mask(grid, count, min_block=16):
+    """Mask `count` of grid × grid patches in blocks → bool (grid, grid). Draws from `random`.
 
-
-@functools.lru_cache
-def offset_weights(old, new):
-    """Linear interpolation between offsets −(old−1) … old−1 and −(new−1) … new−1.
-
-    As in BEiT the old offsets lie at 1, 1+q, 1+q+q², … on either side, with the q ≥ 1 that brings
-    the farthest to the farthest: near ones keep their distance. A smaller grid (q = 1) leaves the
-    far ones out. Between those places BEiT interpolates by cubic splines, this linearly.
-    → weights (2·new − 1, 2·old − 1).
+    BEiT's generator: blocks of an area between min_block and what is left of `count`, and an aspect
+    ratio between 0.3 and 1/0.3. It gives up after ten blocks that do not fit, short
+    of `count` in a third of its draws; here the blocks then grow by random neighbours, so that
+    every image has the same number of masked patches.
     """
-    low, high = 1.0, float(max(new, 2))
-    for _ in range(50):                                     # bisection for q
-        q = (low + high) / 2
-        if sum(q ** i for i in range(old - 1)) < new - 1:
-            low = q
+    mask = np.zeros((grid, grid), bool)
+    masked = 0
+    while masked < count:
+        for _ in range(10):                                 # BEiT's number of attempts
+            area = random.uniform(min_block, count - masked)       # towards the end below min_block
+            aspect = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if height >= grid or width >= grid:
+                continue
+            top, left = random.randint(0, grid - height), random.randint(0, grid - width)
+            block = mask[top:top + height, left:left + width]
+            new = block.size - int(block.sum())
+            if 0 < new <= count - masked:
+                block[:] = True
+                masked += new
+                break
         else:
-            high = q
-    right = np.cumsum([low ** i for i in range(old - 1)])
-    places = np.concatenate([-right[::-1], [0.0], right])
-    targets = np.arange(1 - new, new)
-    columns = [np.interp(targets, places, unit) for unit in np.eye(2 * old - 1)]
-    return np.stack(columns, 1).astype(np.float32)
+            break
+    for _ in range(count - masked):                         # fill up along the blocks' borders
+        wide = np.pad(mask, 1)
+        near = wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:]
+        border = np.argwhere(~mask & (near | ~mask.any()))
+        mask[tuple(random.choice(border))] = True
+    return torch.from_numpy(mask)
 
 
-def resize_positions(embedding, h, w):
-    """A square grid's position embedding (1, 1+N, D) for h × w patches, bicubic."""
-    cls_token, patches = embedding[:, :1], embedding[:, 1:]
-    side = math.isqrt(patches.shape[1])
-    image = patches.mT.unflatten(2, (side, side))                               # (1, D, g, g)
-    image = F.interpolate(image, (h, w), mode="bicubic")                        # (1, D, h, w)
-    return torch.cat([cls_token, image.flatten(2).mT], 1)
+def random_mask(grid, count):
+    """Mask `count` of grid × grid patches at random (MAE) → bool (grid, grid). Uses `random`."""
+    mask = torch.zeros(grid * grid, dtype=torch.bool)
+    mask[random.sample(range(grid * grid), count)] = True
+    return mask.view(grid, grid)
 
 
 # ------------------------------------------------------------------------------------------------
-# The ViT in training: the optimizer's groups
+# 6  The ViT in training: the optimizer's groups, and its pyramid for dense prediction
 
 def param_groups(model, weight_decay, layer_decay=1.0, vit=""):
     """Optimizer groups with names and an "lr_scale", as BEiT makes them.
@@ -515,44 +881,101 @@ class ViTPyramid(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# Block-wise masking (BEiT, algorithm 1)
+# 7  Relative position bias (BEiT, appendix A, and its code's default): a learned number for each
+# relative position and head, added to the logits of attention. Pre-training shares one table over
+# all blocks, fine-tuning has one a block. Module and parameter names are BEiT's own, so that its
+# files load unchanged.
 
-def block_mask(grid, count, min_block=16):
-    """Mask `count` of grid × grid patches in blocks → bool (grid, grid). Draws from `random`.
+class Grid(NamedTuple):
+    """Patches of the images at hand, down and across; with relative positions also their index."""
+    h: int
+    w: int
+    index: torch.Tensor | None
 
-    BEiT's generator: blocks of an area between min_block and what is left of `count`, and an aspect
-    ratio between 0.3 and 1/0.3. It gives up after ten blocks that do not fit, short
-    of `count` in a third of its draws; here the blocks then grow by random neighbours, so that
-    every image has the same number of masked patches.
+
+def relative_position_index(h, w, device=None):
+    """Row of the bias table for each pair of tokens, class token first → (1+N, 1+N)."""
+    down, across = torch.arange(h, device=device), torch.arange(w, device=device)
+    ys, xs = torch.meshgrid(down, across, indexing="ij")
+    y, x = ys.flatten(), xs.flatten()                                           # (N,)
+    dy = y[:, None] - y[None, :] + h - 1                                        # (N, N), from 0
+    dx = x[:, None] - x[None, :] + w - 1                                        # (N, N), from 0
+    last = (2 * h - 1) * (2 * w - 1) + 2
+    index = torch.full((h * w + 1, h * w + 1), last, device=device)             # class → class
+    index[1:, 1:] = dy * (2 * w - 1) + dx
+    index[0, 1:] = last - 2                                                     # class → patch
+    index[1:, 0] = last - 1                                                     # patch → class
+    return index
+
+
+def bias_table(grid, heads):
+    """A row for each relative position of grid × grid patches, and three for the class token."""
+    return nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, heads))
+
+
+def position_bias(table, grid):
+    """The biases of a table for a Grid of patches → (1, heads, 1+N, 1+N)."""
+    h, w, index = grid
+    if h != w or len(table) != (2 * h - 1) ** 2 + 3:
+        table = resize_bias_table(table, h, w)
+    bias = table[index].permute(2, 0, 1).unsqueeze(0)
+    return bias.contiguous()                                # fused attention needs contiguous rows
+
+
+class RelativePositionBias(nn.Module):
+    """The table that all blocks share."""
+
+    def __init__(self, grid, heads):
+        super().__init__()
+        self.relative_position_bias_table = bias_table(grid, heads)
+
+    def forward(self, grid):
+        return position_bias(self.relative_position_bias_table, grid)
+
+
+# ------------------------------------------------------------------------------------------------
+# Positions of another grid
+
+@torch.compiler.disable                                     # the bisection in it is not for tracing
+def resize_bias_table(table, h, w):
+    """A square grid's bias table for h × w patches; the class token's three rows stay."""
+    side = math.isqrt(len(table) - 3)                                           # 2g − 1
+    image = table[:-3].float().T.unflatten(1, (side, side))                    # (heads, 2g−1, 2g−1)
+    old = (side + 1) // 2
+    down = torch.tensor(offset_weights(old, h), device=image.device)            # (2h−1, 2g−1)
+    across = torch.tensor(offset_weights(old, w), device=image.device)          # (2w−1, 2g−1)
+    with torch.autocast(table.device.type, enabled=False):
+        image = down @ image @ across.T                                        # (heads, 2h−1, 2w−1)
+    return torch.cat([image.flatten(1).T.to(table.dtype), table[-3:]])
+
+
+@functools.lru_cache
+def offset_weights(old, new):
+    """Linear interpolation between offsets −(old−1) … old−1 and −(new−1) … new−1.
+
+    As in BEiT the old offsets lie at 1, 1+q, 1+q+q², … on either side, with the q ≥ 1 that brings
+    the farthest to the farthest: near ones keep their distance. A smaller grid (q = 1) leaves the
+    far ones out. Between those places BEiT interpolates by cubic splines, this linearly.
+    → weights (2·new − 1, 2·old − 1).
     """
-    mask = np.zeros((grid, grid), bool)
-    masked = 0
-    while masked < count:
-        for _ in range(10):                                 # BEiT's number of attempts
-            area = random.uniform(min_block, count - masked)       # towards the end below min_block
-            aspect = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))
-            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if height >= grid or width >= grid:
-                continue
-            top, left = random.randint(0, grid - height), random.randint(0, grid - width)
-            block = mask[top:top + height, left:left + width]
-            new = block.size - int(block.sum())
-            if 0 < new <= count - masked:
-                block[:] = True
-                masked += new
-                break
+    low, high = 1.0, float(max(new, 2))
+    for _ in range(50):                                     # bisection for q
+        q = (low + high) / 2
+        if sum(q ** i for i in range(old - 1)) < new - 1:
+            low = q
         else:
-            break
-    for _ in range(count - masked):                         # fill up along the blocks' borders
-        wide = np.pad(mask, 1)
-        near = wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:]
-        border = np.argwhere(~mask & (near | ~mask.any()))
-        mask[tuple(random.choice(border))] = True
-    return torch.from_numpy(mask)
+            high = q
+    right = np.cumsum([low ** i for i in range(old - 1)])
+    places = np.concatenate([-right[::-1], [0.0], right])
+    targets = np.arange(1 - new, new)
+    columns = [np.interp(targets, places, unit) for unit in np.eye(2 * old - 1)]
+    return np.stack(columns, 1).astype(np.float32)
 
 
-def random_mask(grid, count):
-    """Mask `count` of grid × grid patches at random (MAE) → bool (grid, grid). Uses `random`."""
-    mask = torch.zeros(grid * grid, dtype=torch.bool)
-    mask[random.sample(range(grid * grid), count)] = True
-    return mask.view(grid, grid)
+def resize_positions(embedding, h, w):
+    """A square grid's position embedding (1, 1+N, D) for h × w patches, bicubic."""
+    cls_token, patches = embedding[:, :1], embedding[:, 1:]
+    side = math.isqrt(patches.shape[1])
+    image = patches.mT.unflatten(2, (side, side))                               # (1, D, g, g)
+    image = F.interpolate(image, (h, w), mode="bicubic")                        # (1, D, h, w)
+    return torch.cat([cls_token, image.flatten(2).mT], 1)

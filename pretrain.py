@@ -10,15 +10,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoint
-import commandline
 import data
-import runtime
 import transforms
-from commandline import amount, number, positive, rate, share
-from logbook import Run
 from model import SIZES, MaskedAutoencoder, VisionTransformer, block_mask, param_groups, random_mask
-from weights import restore
+from support import checkpoint, flags, launch
+from support.flags import amount, number, positive, rate, share
+from support.run import Run
+from support.weights import restore
 
 PAPER = dict(
     data="data/imagenet",       # ImageNet-1K [PeCo]
@@ -102,7 +100,7 @@ RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
 
 
 def get_args(argv=None):
-    p = commandline.parser("pretrain", __doc__)
+    p = flags.parser("pretrain", __doc__)
     p.add_argument("--tokenizer", help="run or checkpoint of tokenizer.py")
     p.add_argument("--model", choices=SIZES, help="size of the ViT")
     p.add_argument("--patch-size", type=number(int, at_least=1, at_most=256),
@@ -126,7 +124,7 @@ def get_args(argv=None):
                    help="recompute the ViT's blocks in the backward pass: less memory, a forward "
                         "pass more")
     data.add_arguments(p, layout=data.ANY_LAYOUT)
-    return commandline.parse(p, RECIPES, argv)
+    return flags.parse(p, RECIPES, argv)
 
 
 class AugmentAndMask:
@@ -163,13 +161,14 @@ def load_tokenizer(args):
     # BEiT's tokenizer saw it at half).
     if not 0.5 <= tokenizer.stride / args.patch_size <= 2:
         grid = args.image_size // args.patch_size
-        raise runtime.InputError(
+        raise launch.InputError(
             f"--tokenizer {args.tokenizer}: its codes of {tokenizer.stride} px do not fit the "
             f"ViT's {grid}×{grid} patches of {args.patch_size} px: train one of about that stride, "
             "or change --patch-size")
     return tokenizer.eval().requires_grad_(False), state["digest"], state["args"]["eval_crop"]
 
 
+@launch.as_input_error()
 def build(args, codes):
     """The network, the modules that a checkpoint stores, the arguments to build "model" again.
 
@@ -210,17 +209,17 @@ def evaluate(args, model, tokenizer, dataset, transform, device):
     model.eval()
     losses, hits, patches = torch.zeros(3, dtype=torch.float64, device=device)
     shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-    loader = data.eval_loader(dataset, transform, runtime.micro_batch(args), args.workers,
+    loader = data.eval_loader(dataset, transform, launch.micro_batch(args), args.workers,
                               indices=shuffled[:5000].tolist())
     for i, (batch, _) in enumerate(loader):
         images, mask = data.to_device(batch, device)
-        with runtime.autocast(args, device):
+        with launch.autocast(args, device):
             target = tokenizer.encode(images, mask.shape[1])[mask]              # (M,)
             logits = model(images, mask)                                        # (M, K)
             losses += F.cross_entropy(logits.float(), target, reduction="sum")
             hits += (logits.argmax(1) == target).sum()
             patches += len(target)
-            if i == 0 and runtime.rank() == 0:
+            if i == 0 and launch.rank() == 0:
                 rows = masked_rows(model, tokenizer, images[:8], mask[:8])
                 transforms.save_rows(rows, Path(args.output, "masked.png"))
     if dist.is_initialized():
@@ -245,7 +244,7 @@ def masked_rows(model, tokenizer, images, mask):
 # ------------------------------------------------------------------------------------------------
 
 def main(args):
-    device = runtime.device()
+    device = launch.device()
 
     # The tokenizer; its digest is an argument, since other codes are other targets.
     tokenizer, args.tokenizer_digest, args.eval_crop = load_tokenizer(args)
@@ -265,7 +264,7 @@ def main(args):
     augment = transforms.pretrain(args.image_size, args.crop_min, args.jitter, args.augment)
     masked = round(args.mask_ratio * grid * grid)
     if not 0 < masked < grid * grid:
-        raise runtime.InputError(f"--mask-ratio {args.mask_ratio}: it masks {masked} of the "
+        raise launch.InputError(f"--mask-ratio {args.mask_ratio}: it masks {masked} of the "
                                  f"{grid * grid} patches; at least one of each kind is needed")
     masks = (grid, masked, 0 if args.mae else args.mask_block)
     transform = AugmentAndMask(augment, *masks)
@@ -279,7 +278,7 @@ def main(args):
         model.compile()
         tokenizer.encoder.compile()
     network = run.distribute(model)
-    autocast = runtime.autocast(args, device)
+    autocast = launch.autocast(args, device)
     warmup = args.warmup_epochs * run.epoch_steps
 
     batches = iter(loader)
@@ -291,8 +290,8 @@ def main(args):
         if step == run.steps:
             break
 
-        lr = runtime.cosine(step, run.steps, warmup, args.lr)
-        runtime.set_lr(optimizer, lr)
+        lr = launch.cosine(step, run.steps, warmup, args.lr)
+        launch.set_lr(optimizer, lr)
         batch = next(batches)
         run.seed(step)                                      # drop path
         for (images, mask), _ in run.accumulate(batch, network):
@@ -311,4 +310,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runtime.launch(main, get_args())
+    launch.start(main, get_args())

@@ -19,19 +19,16 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2 as T
 from torchvision.utils import draw_segmentation_masks, save_image
 
-import checkpoint
-import commandline
 import data
 import folders
-import logbook
-import runtime
 import transforms
-import weights
-from commandline import amount, count, number
-from logbook import Run
 from model import VisionTransformer, ViTPyramid, param_groups
-from runtime import InputError
-from scenes import Scenes, palette, synthetic_number
+from support import checkpoint, flags, launch, weights
+from support import run as logbook
+from support.flags import amount, count, number
+from support.launch import InputError
+from support.run import Run
+from support.scenes import Scenes, palette, synthetic_number
 
 PAPER = dict(
     data="data/ade20k",         # ADE20K [PeCo]
@@ -73,7 +70,7 @@ PICTURES = 8                    # validation images drawn at each evaluation; ou
 
 
 def get_args(argv=None):
-    p = commandline.parser("segment", __doc__)
+    p = flags.parser("segment", __doc__)
     p.add_argument("--eval", action="store_true", help="only evaluate --init")
     p.add_argument("--classes", type=number(int, at_least=1, at_most=10_000),
                    help="number of classes of a folder; 0 is ignored")
@@ -82,7 +79,7 @@ def get_args(argv=None):
     weights.add_arguments(p, also="none: from scratch; with --eval: a run of segment.py")
     layout = "synthetic[:IMAGES], or a folder in ADE20K's layout: images/ and annotations/"
     data.add_arguments(p, layout=layout, augment=False)
-    return commandline.parse(p, RECIPES, argv)
+    return flags.parse(p, RECIPES, argv)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -359,10 +356,10 @@ def evaluate(args, model, dataset, device):
     model.eval()
     folder = Path(args.output)
     classes = len(dataset.classes)
-    autocast = runtime.autocast(args, device)
+    autocast = launch.autocast(args, device)
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     loader = data.eval_loader(dataset, eval_transform(args.image_size), 1, args.workers)
-    own = range(runtime.rank(), len(dataset), runtime.world_size())     # as eval_loader has them
+    own = range(launch.rank(), len(dataset), launch.world_size())     # as eval_loader has them
     for index, (image, labels) in zip(own, loader, strict=True):
         image = image.to(device)                                                # (1, 3, ·, ·)
         labels = labels.to(device)                                              # (1, H, W)
@@ -377,7 +374,7 @@ def evaluate(args, model, dataset, device):
     model.train()
 
     iou, accuracy, row = scores(confusion)
-    if runtime.rank() == 0:
+    if launch.rank() == 0:
         lines = ["| class | IoU | accuracy |", "| --- | --- | --- |"]
         for name, i, a in zip(dataset.classes, iou, accuracy, strict=True):
             lines.append(f"| {name} | {i:.1f} | {a:.1f} |")
@@ -401,7 +398,7 @@ def draw(image, labels, predicted, classes, path):
 # ------------------------------------------------------------------------------------------------
 
 def main(args):
-    device = runtime.device()
+    device = launch.device()
     val = load_dataset(args.data, "val", args.image_size, args.classes)
     classes = len(val.classes)
     if args.eval:
@@ -432,7 +429,7 @@ def main(args):
     if args.compile:
         model.compile()
     network = run.distribute(model)
-    autocast = runtime.autocast(args, device)
+    autocast = launch.autocast(args, device)
 
     batches = iter(loader)
     for step in run.progress():
@@ -445,7 +442,7 @@ def main(args):
             break
 
         lr = schedule(step, run.steps, args.warmup_steps, args.lr)
-        runtime.set_lr(optimizer, lr)
+        launch.set_lr(optimizer, lr)
         batch = next(batches)
         run.seed(step)                                      # dropout, drop path
         for images, labels in run.accumulate(batch, network):                   # labels (B, H, W)
@@ -465,4 +462,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runtime.launch(main, get_args())
+    launch.start(main, get_args())

@@ -13,13 +13,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-import commandline
 import data
-import runtime
 import transforms
-from commandline import amount, number, share
-from logbook import Run
 from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, VisionTransformer
+from support import flags, launch
+from support.flags import amount, number, share
+from support.run import Run
 
 PAPER = dict(
     data="data/imagenet",       # ImageNet-1K [PeCo]
@@ -92,7 +91,7 @@ RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
 
 
 def get_args(argv=None):
-    p = commandline.parser("teacher", __doc__)
+    p = flags.parser("teacher", __doc__)
     p.add_argument("--model", choices=SIZES, help="size of the ViT")
     p.add_argument("--patch-size", type=number(int, at_least=1, at_most=256),
                    help="side of a patch, pixels")
@@ -110,7 +109,7 @@ def get_args(argv=None):
     p.add_argument("--checkpoint-activations", action="store_true",
                    help="recompute blocks in the backward pass: less memory, a forward pass more")
     data.add_arguments(p, layout=data.ANY_LAYOUT)
-    return commandline.parse(p, RECIPES, argv)
+    return flags.parse(p, RECIPES, argv)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -134,7 +133,7 @@ def global_mean(x):
     mean = x.mean(0)
     if not dist.is_initialized():
         return mean
-    return AllReduce.apply(mean) / runtime.world_size()
+    return AllReduce.apply(mean) / launch.world_size()
 
 
 class BatchNorm(nn.Module):
@@ -204,12 +203,12 @@ class MoCo(nn.Module):
         k = F.normalize(k.float(), dim=1)                                       # (B, features)
         keys = k
         if dist.is_initialized():
-            gathered = [torch.empty_like(k) for _ in range(runtime.world_size())]
+            gathered = [torch.empty_like(k) for _ in range(launch.world_size())]
             dist.all_gather(gathered, k)
             keys = torch.cat(gathered)                                         # (ranks·B, features)
         with torch.autocast(q.device.type, enabled=False):                  # in bf16 keys would tie
             logits = q @ keys.T / self.temperature                              # (B, ranks·B)
-        labels = torch.arange(len(q), device=q.device) + len(q) * runtime.rank()
+        labels = torch.arange(len(q), device=q.device) + len(q) * launch.rank()
         accuracy = (logits.argmax(1) == labels).float().mean()
         return F.cross_entropy(logits, labels) * 2 * self.temperature, accuracy
 
@@ -239,6 +238,7 @@ class TwoViews:
 
 # ------------------------------------------------------------------------------------------------
 
+@launch.as_input_error()
 def build(args):
     """MoCo around a ViT, and the arguments to build the ViT again."""
     model_args = dict(
@@ -251,7 +251,7 @@ def build(args):
 
 
 def main(args):
-    device = runtime.device()
+    device = launch.device()
     dataset = data.load_images(args.data, "train", args.image_size)
 
     # The model and its optimizer: no weight decay on biases and norms (our choice)
@@ -275,7 +275,7 @@ def main(args):
     if args.compile:
         moco.compile()
     network = run.distribute(moco)
-    autocast = runtime.autocast(args, device)
+    autocast = launch.autocast(args, device)
     warmup = args.warmup_epochs * run.epoch_steps
 
     batches = iter(loader)
@@ -285,9 +285,9 @@ def main(args):
         if step == run.steps:
             break
 
-        lr = runtime.cosine(step, run.steps, warmup, args.lr)
-        runtime.set_lr(optimizer, lr)
-        m = 1 - (1 - args.momentum) * runtime.cosine(step, run.steps, 0, 1.0)   # rises to 1
+        lr = launch.cosine(step, run.steps, warmup, args.lr)
+        launch.set_lr(optimizer, lr)
+        m = 1 - (1 - args.momentum) * launch.cosine(step, run.steps, 0, 1.0)   # rises to 1
         for (x1, x2), _ in run.accumulate(next(batches), network):
             with autocast:
                 loss, accuracy = network(x1, x2)
@@ -303,4 +303,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runtime.launch(main, get_args())
+    launch.start(main, get_args())

@@ -12,15 +12,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-import commandline
 import data
-import runtime
 import transforms
-from codebook import PerceptualLoss, VQTokenizer
-from commandline import amount, count, number, positive, rate
-from logbook import Run
-from model import SIZES
-from weights import perceptual_network
+from model import SIZES, PatchDiscriminator, PerceptualLoss, VQTokenizer, adversarial
+from support import flags, launch
+from support.flags import amount, count, number, positive, rate
+from support.run import Run
+from support.weights import perceptual_network
 
 PAPER = dict(
     data="data/imagenet",       # ImageNet-1K [PeCo]
@@ -114,7 +112,7 @@ RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
 
 
 def get_args(argv=None):
-    p = commandline.parser("tokenizer", __doc__)
+    p = flags.parser("tokenizer", __doc__)
     p.add_argument("--channels", type=number(int, at_least=16, at_most=8192), nargs="+",
                    help="widths from the image's resolution down, each next one at half of it: the "
                         "stride of the codes is 2^(number − 1) pixels; not used with --vit")
@@ -152,32 +150,10 @@ def get_args(argv=None):
     p.add_argument("--eval-crop", type=number(float, at_least=0.1, at_most=1),
                    help="centre crop in evaluation, share of the side")
     data.add_arguments(p, layout=data.ANY_LAYOUT)
-    return commandline.parse(p, RECIPES, argv)
+    return flags.parse(p, RECIPES, argv)
 
 
-class PatchDiscriminator(nn.Sequential):
-    """Images (B, 3, H, W) → logits (B, 1, h, w), each of a field of 70 × 70 pixels.
-
-    VQGAN's PatchGAN with its initialisation; GroupNorm for BatchNorm (our choice).
-    """
-
-    def __init__(self, channels=64):
-        layers = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for stride in (2, 2, 1):
-            layers += [
-                nn.Conv2d(channels, 2 * channels, 4, stride, padding=1, bias=False),
-                nn.GroupNorm(channels // 8, 2 * channels),
-                nn.LeakyReLU(0.2),
-            ]
-            channels *= 2
-        super().__init__(*layers, nn.Conv2d(channels, 1, 4, padding=1))
-        for module in self:
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0.0, 0.02)
-            elif isinstance(module, nn.GroupNorm):
-                nn.init.normal_(module.weight, 1.0, 0.02)
-
-
+@launch.as_input_error()
 def build(args, perceptual_net):
     """What is trained or used, by name, and the arguments of the tokenizer to build it again."""
     model_args = dict(
@@ -212,7 +188,7 @@ def evaluate(args, tokenizer, perceptual, dataset, device):
             for name in ("psnr", "mse", "distance", "images")}
     shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     transform = transforms.evaluation(args.image_size, args.eval_crop)
-    loader = data.eval_loader(dataset, transform, runtime.micro_batch(args), args.workers,
+    loader = data.eval_loader(dataset, transform, launch.micro_batch(args), args.workers,
                               indices=shuffled.tolist())    # the pictures show all classes
     for i, (images, _) in enumerate(loader):
         images = images.to(device)
@@ -224,7 +200,7 @@ def evaluate(args, tokenizer, perceptual, dataset, device):
         if perceptual:
             sums["distance"] += len(images) * perceptual(images, x_hat)
         counts += torch.bincount(codes.flatten(), minlength=size)
-        if i == 0 and runtime.rank() == 0:
+        if i == 0 and launch.rank() == 0:
             draw(images, x_hat, codes, Path(args.output))
     if dist.is_initialized():
         dist.all_reduce(counts)
@@ -264,7 +240,7 @@ def draw(images, x_hat, codes, folder, rows=16, columns=16):
 # ------------------------------------------------------------------------------------------------
 
 def main(args):
-    device = runtime.device()
+    device = launch.device()
     dataset = data.load_images(args.data, "train", args.image_size)
     val = data.load_images(args.data, "val", args.image_size)
 
@@ -296,7 +272,7 @@ def main(args):
     network = run.distribute(tokenizer)
     judge = run.distribute(discriminator) if discriminator else None
     networks = [network, judge] if judge else [network]
-    autocast = runtime.autocast(args, device)
+    autocast = launch.autocast(args, device)
 
     batches = iter(loader)
     for step in run.progress():
@@ -309,9 +285,9 @@ def main(args):
         if step == run.steps:
             break
 
-        lr = runtime.cosine(step, run.steps, args.warmup_steps, args.lr)
-        runtime.set_lr(optimizer, lr)
-        generator = torch.Generator().manual_seed(runtime.derive_seed(args.seed, step))
+        lr = launch.cosine(step, run.steps, args.warmup_steps, args.lr)
+        launch.set_lr(optimizer, lr)
+        generator = torch.Generator().manual_seed(launch.derive_seed(args.seed, step))
         batch = [images for images, _ in next(batches)]
         if step == 0:                                    # codes begin as vectors of the first batch
             with torch.no_grad(), autocast:
@@ -342,20 +318,5 @@ def main(args):
         run.log(step + 1, lr=lr)
 
 
-def adversarial(discriminator, judge, x, x_hat):
-    """Eq. 8: the discriminator D maximises log D(x) + log(1 − D(x̂)), the tokenizer opposes it.
-
-    Returns what the tokenizer minimises, −log D(x̂), and what D does, −log D(x) − log(1 − D(x̂));
-    each has a gradient to its own network alone. log(1 − D(x̂)), as printed, has hardly a gradient
-    while D is right: we take the non-saturating form of Goodfellow et al. (2014), our choice.
-    """
-    fixed = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
-    logits = torch.func.functional_call(discriminator, fixed, x_hat)        # of x̂ (B, 1, h, w)
-    l_fool = -F.logsigmoid(logits.float()).mean()
-    real, fake = judge(torch.cat([x, x_hat.detach()])).float().chunk(2)
-    l_judge = -F.logsigmoid(real).mean() - F.logsigmoid(-fake).mean()       # 1 − σ(s) = σ(−s)
-    return l_fool, l_judge
-
-
 if __name__ == "__main__":
-    runtime.launch(main, get_args())
+    launch.start(main, get_args())

@@ -16,7 +16,7 @@ from torchvision.transforms import v2 as T
 from torchvision.utils import make_grid, save_image
 
 import augment
-from runtime import InputError
+from support.launch import InputError
 
 BICUBIC = InterpolationMode.BICUBIC                         # BEiT's
 

@@ -15,10 +15,10 @@ sys.path.insert(0, str(ROOT))
 import detect
 import finetune
 import pretrain
-import runtime
 import segment
 import teacher
 import tokenizer
+from support import launch
 
 # Bits depend on the number of threads, and the tensors are too small to share out.
 torch.set_num_threads(1)
@@ -57,7 +57,7 @@ OWN = {
                "--boxes", "16", "--drop-path", "0.1"],
 }
 # What stops a run. A stage catches them for good.
-HANDLERS = {number: signal.getsignal(number) for number in runtime.SIGNALS}
+HANDLERS = {number: signal.getsignal(number) for number in launch.SIGNALS}
 
 
 def end_workers():

@@ -28,13 +28,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
-import runtime
-from checkpoint import digest
-from logbook import Run
+from support import launch
+from support.checkpoint import digest
+from support.run import Run
 
 
 def last_rank():
-    return runtime.rank() == runtime.world_size() - 1
+    return launch.rank() == launch.world_size() - 1
 
 
 def before_check(action):
@@ -69,7 +69,7 @@ def record(folder):
 
     def watched_begin(self, *arguments, **keywords):
         nonlocal number
-        number = runtime.rank()
+        number = launch.rank()
         begin(self, *arguments, **keywords)
         atexit.register(write_digest, self, -1)
 
@@ -178,7 +178,7 @@ def inject(fault):
     elif name == "touch":
         touch(value)
     elif name == "timeout":
-        runtime.TIMEOUT = timedelta(seconds=float(value))
+        launch.TIMEOUT = timedelta(seconds=float(value))
     else:
         raise ValueError(fault)
 
@@ -188,7 +188,7 @@ def main(stage, faults, flags):
     for fault in faults:
         inject(fault)
     args = STAGES[stage].get_args([*COMMON, *OWN[stage], *flags])
-    runtime.launch(STAGES[stage].main, args)
+    launch.start(STAGES[stage].main, args)
 
 
 if __name__ == "__main__":

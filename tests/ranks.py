@@ -19,13 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import detect
 import finetune
-import runtime
 import segment
 import teacher
-from codebook import Quantizer
-from logbook import Run
-from model import VisionTransformer
-from scenes import Scenes, Synthetic
+from model import Quantizer, VisionTransformer
+from support import launch
+from support.run import Run
+from support.scenes import Scenes, Synthetic
 
 CPU = torch.device("cpu")
 
@@ -36,11 +35,11 @@ def seeded(seed):
 
 def share(batch):
     """This rank's rows of a global batch."""
-    return batch.chunk(runtime.world_size())[runtime.rank()]
+    return batch.chunk(launch.world_size())[launch.rank()]
 
 
 def last_rank():
-    return runtime.rank() == runtime.world_size() - 1
+    return launch.rank() == launch.world_size() - 1
 
 
 def new_run(module, folder):
@@ -105,7 +104,7 @@ def moco(folder):
     if dist.is_initialized():
         dist.all_reduce(values)
     gradients = {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
-    return dict(values=values / runtime.world_size(), **gradients)
+    return dict(values=values / launch.world_size(), **gradients)
 
 
 def evaluation():
@@ -167,7 +166,7 @@ def trouble(folder):
     run.due(3)
     if last_rank():
         os.kill(os.getpid(), signal.SIGTERM)
-    check(run, loss=runtime.rank() + 1.0, grad_norm=1.0)
+    check(run, loss=launch.rank() + 1.0, grad_norm=1.0)
     found = [(run.means, run.signal)]
     for bad in (math.nan, math.inf):
         for name in ("loss", "grad_norm"):
@@ -231,7 +230,7 @@ def storage_that_is_not_shared(folder):
     new_run(module, folder).save(5)
     try:
         return new_run(module, folder).start
-    except runtime.InputError as error:
+    except launch.InputError as error:
         return str(error)
 
 

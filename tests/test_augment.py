@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import augment
 import transforms
-from scenes import Synthetic
+from support.scenes import Synthetic
 
 SIZE = 32
 FORMS = {

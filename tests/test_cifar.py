@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, STAGES
 
-import checkpoint
 import data
-from scenes import Synthetic
+from support import checkpoint
+from support.scenes import Synthetic
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 NUMBER = {"train": 4, "val": 2}                             # images of a class

@@ -22,7 +22,7 @@ from torch import nn
 import finetune
 import pretrain
 import tokenizer
-from codebook import VQTokenizer
+from model import VQTokenizer
 from tools import cifar10, codewords
 
 TINY = ["--batch-size", "8", "--workers", "0", "--amp", "fp32"]

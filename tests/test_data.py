@@ -15,11 +15,10 @@ from conftest import end_workers
 from PIL import Image, TiffImagePlugin
 
 import data
-import runtime
-import scenes
 import transforms
 from pretrain import AugmentAndMask
-from scenes import Synthetic
+from support import launch, scenes
+from support.scenes import Synthetic
 
 CROP = transforms.pretrain(16)
 
@@ -128,7 +127,7 @@ def test_pixels_have_the_range_that_the_file_declares(tags, pixels, folder):
 def test_pixels_of_no_known_range_are_refused(kind, folder):
     path = make_folder(folder / "set") / "train" / "bee" / "2.tif"
     Image.fromarray(ramp(12).astype(kind)).save(path)
-    with pytest.raises(runtime.InputError, match="bee/2.tif: .*32-bit pixels.* to 8 bits"):
+    with pytest.raises(launch.InputError, match="bee/2.tif: .*32-bit pixels.* to 8 bits"):
         data.read(data.load_images("set", "train", 16), 4)
 
 
@@ -330,7 +329,7 @@ def test_hidden_files_and_folders_do_not_count(folder):
 
 
 def refused(*arguments, load=data.load_dataset):
-    with pytest.raises(runtime.InputError) as error:
+    with pytest.raises(launch.InputError) as error:
         load(*arguments, 16)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -425,7 +424,7 @@ def test_what_is_no_regular_file_is_refused(kind, folder):
     else:
         path.symlink_to("/dev/zero")
     dataset = data.load_images("set", "train", 16)
-    with pytest.raises(runtime.InputError, match="set/train/bee/2.jpg: not a readable image"):
+    with pytest.raises(launch.InputError, match="set/train/bee/2.jpg: not a readable image"):
         data.read(dataset, 4)
 
 
@@ -447,7 +446,7 @@ def test_an_unreadable_image_is_named(folder, damage, workers):
     damaged = {"truncated": whole[:len(whole) // 2], "text": b"not an image", "empty": b""}
     path.write_bytes(damaged[damage])
     dataset = data.load_dataset("set", "train", 16)
-    with pytest.raises(runtime.InputError) as error:
+    with pytest.raises(launch.InputError) as error:
         list(data.eval_loader(dataset, transforms.evaluation(16), 2, workers))
     end_workers()
     assert str(Path("set/train/bee/0.jpg")) in str(error.value)

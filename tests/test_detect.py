@@ -368,7 +368,7 @@ def test_training_begins_from_the_pre_trained_weights(chain):
 
 
 def test_a_network_without_weights(chain):
-    """As tools.plan asks for it."""
+    """Of an empty network."""
     args = detect.get_args([*COMMON, *OWN["detect"], "--checkpoint-activations"])
     state = newest(chain.pretrain)
     network, model_args = detect.build(args, 10, state | dict(model=None))

@@ -11,7 +11,7 @@ import torch
 from conftest import COMMON, OWN, ROOT, run
 from test_stages import log
 
-import checkpoint
+from support import checkpoint
 
 
 def torchrun(*command):

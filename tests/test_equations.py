@@ -13,12 +13,12 @@ from test_stages import log
 from test_vit import pixels, seeded, statistics, tiny_vit
 
 import data
+import model
 import pretrain
 import tokenizer
 import transforms
-import weights
-from codebook import PerceptualLoss, Quantizer, VQTokenizer
-from model import IMAGENET_MEAN, IMAGENET_STD, Grid
+from model import IMAGENET_MEAN, IMAGENET_STD, Grid, PerceptualLoss, Quantizer, VQTokenizer
+from support import weights
 
 
 def a_quantizer(size=6, dim=3, decay=0.9, revive=0.0):
@@ -485,7 +485,7 @@ def test_eq8_against_plain_loops():
     judge = Judge()
     x = pixels(3, 3, 8, 8)
     x_hat = pixels(3, 3, 8, 8, seed=1)
-    l_fool, l_judge = tokenizer.adversarial(judge, judge, x, x_hat)
+    l_fool, l_judge = model.adversarial(judge, judge, x, x_hat)
 
     def probabilities(images):
         return [1 / (1 + math.exp(-logit)) for logit in judge(images).flatten().tolist()]
@@ -503,11 +503,11 @@ def test_eq8_against_plain_loops():
 
 def test_eq8_each_term_has_a_gradient_to_its_own_network_alone():
     torch.manual_seed(0)
-    judge = tokenizer.PatchDiscriminator(16)
+    judge = model.PatchDiscriminator(16)
     weights_of_judge = list(judge.parameters())
     x = pixels(2, 3, 32, 32).requires_grad_()
     x_hat = pixels(2, 3, 32, 32, seed=1).requires_grad_()
-    l_fool, l_judge = tokenizer.adversarial(judge, judge, x, x_hat)
+    l_fool, l_judge = model.adversarial(judge, judge, x, x_hat)
 
     def gradients(loss, inputs):
         return torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True)
@@ -522,10 +522,10 @@ def test_eq8_each_term_has_a_gradient_to_its_own_network_alone():
 def test_eq8_each_term_improves_what_it_should():
     """A step against l_fool raises D(x̂); one against l_judge raises D(x) and lowers D(x̂)."""
     torch.manual_seed(0)
-    judge = tokenizer.PatchDiscriminator(16)
+    judge = model.PatchDiscriminator(16)
     x = pixels(2, 3, 32, 32)
     x_hat = pixels(2, 3, 32, 32, seed=1).requires_grad_()
-    l_fool, l_judge = tokenizer.adversarial(judge, judge, x, x_hat)
+    l_fool, l_judge = model.adversarial(judge, judge, x, x_hat)
     direction, = torch.autograd.grad(l_fool, x_hat, retain_graph=True)
     fake = judge(x_hat).mean()
     assert judge(x_hat - direction / direction.norm()).mean() > fake
@@ -541,7 +541,7 @@ def test_eq8_the_discriminator_is_patch_based():
     """VQGAN's: 2.8 M weights, and a field of 70 × 70 pixels a logit, but for the norms' statistics.
     """
     torch.manual_seed(0)
-    judge = tokenizer.PatchDiscriminator()
+    judge = model.PatchDiscriminator()
     assert 2.7e6 < sum(p.numel() for p in judge.parameters()) < 2.8e6
     for name, module in judge.named_children():
         if isinstance(module, torch.nn.GroupNorm):
@@ -686,5 +686,5 @@ def test_tokenizer_refuses_what_does_not_fit():
 
 
 def test_discriminator_judges_patches():
-    judge = tokenizer.PatchDiscriminator(16)
+    judge = model.PatchDiscriminator(16)
     assert judge(pixels(2, 3, 32, 32)).shape == (2, 1, 2, 2)

@@ -1,4 +1,4 @@
-"""For use outside: weights.load, runs as folders for transformers, the report."""
+"""For use outside: weights.load, runs as folders for transformers."""
 import json
 import re
 import shutil
@@ -9,17 +9,14 @@ import pytest
 import torch
 from conftest import run
 from PIL import Image
-from test_stages import log
 
-import beit
-import checkpoint
 import finetune
 import transforms
-import weights
 from model import SIZES, VisionTransformer
-from runtime import InputError
-from scenes import Synthetic
-from tools import export, report
+from support import beit, checkpoint, weights
+from support.launch import InputError
+from support.scenes import Synthetic
+from tools import export
 
 
 def waves(height, width):
@@ -295,62 +292,6 @@ def test_only_what_is_beits_is_exported(chain):
     config = json.loads(Path("folder/config.json").read_text())
     assert config["architectures"] == ["BeitForImageClassification"]
     assert len(config["id2label"]) == 10
-
-
-# ------------------------------------------------------------------------------------------------
-# The report
-
-def sections(page):
-    """A page's sections, by stage."""
-    return dict(re.findall(r"<section><h2>(\w+)</h2>(.*?)</section>", page, re.S))
-
-
-def test_report_of_a_folder_of_runs(chain):
-    report.main([str(chain.root / "runs"), "--output", "page.html"])
-    page = Path("page.html").read_text()
-    stages = sections(page)
-    trained = [stage for stage in ("teacher", "tokenizer", "pretrain", "finetune")
-               if stage in stages]
-    assert trained == ["teacher", "tokenizer", "pretrain", "finetune"]
-    assert len(stages) == page.count("<h2>")
-    for stage, name in [("teacher", "loss"), ("tokenizer", "usage (val)"), ("pretrain", "loss"),
-                        ("pretrain", "accuracy (val)"), ("finetune", "top1 (val)")]:
-        assert stages[stage].count(f"<b>{name}</b>") == 1   # of one stage each, by its own axes
-    assert page.count("<polyline") > 10
-    assert stages["tokenizer"].count("data:image/png;base64,") == 2
-    assert stages["pretrain"].count("data:image/png;base64,") == 1
-    assert not re.search(r"(src|href)=.?(http|//|/)", page)     # no network
-    digits = r"[1-9]\d*\.\d{5,}|0\.0*[1-9]\d{4,}"         # more of them than rounding leaves
-    assert not re.search(f">[^<]*({digits})[^<]*<", re.sub(r"<svg.*?</svg>", "", page))
-
-
-def test_report_compares_runs_of_a_stage(chain):
-    flags = [*chain.inputs["pretrain"], "--steps", "2", "--lr", "1e-4", "--output", "other"]
-    run("pretrain", *flags)
-    report.main([str(chain.pretrain), "other"])
-    page = sections(Path("report.html").read_text())["pretrain"]
-    losses = [log(folder)[-1]["loss"] for folder in (chain.pretrain, "other")]
-    shown = re.search(r"<b>loss</b>, at the end (.*?)</figcaption>", page)[1]
-    assert re.findall(r'style="color:(#\w+)">(.*?)<', shown) == [
-        (colour, f"{loss:.3g}") for colour, loss in zip(report.COLOURS, losses, strict=False)]
-    assert re.findall(r"background:(#\w+)", page) == list(report.COLOURS[:2])
-    differing = re.findall(r"<tr class=differs><td>(\w+)</td>", page)
-    assert {"lr", "output", "steps"} <= set(differing) <= {"lr", "output", "steps", "tokenizer"}
-    report.main([str(chain.pretrain), str(chain.pretrain), "--output", "same.html"])
-    assert "class=differs" not in Path("same.html").read_text()
-
-
-def test_report_refuses_what_it_cannot_do(chain):
-    with pytest.raises(InputError, match="nowhere: no log.jsonl in it or below"):
-        report.main(["nowhere"])
-    with pytest.raises(FileNotFoundError, match="gone/page.html"):      # launch_tool says it
-        report.main([str(chain.pretrain), "--output", "gone/page.html"])
-
-
-def test_report_of_a_probe(chain):
-    row = run("finetune", "--init", str(chain.finetune), "--eval", "--output", "run")
-    report.main(["run"])
-    assert f"top1 {report.number(row['top1'])}, " in Path("report.html").read_text()
 
 
 def test_statistics_of_the_inputs_are_exported(chain):

@@ -29,15 +29,14 @@ from test_data import make_folder
 from test_logbook import Stage, files, rows, trained
 from test_stages import fails, newest, weights
 
-import checkpoint
 import data
 import finetune
-import logbook
-import runtime
 import tokenizer
 import transforms
-from logbook import Run
-from weights import network_of
+from support import checkpoint, launch
+from support import run as logbook
+from support.run import Run
+from support.weights import network_of
 
 pytestmark = pytest.mark.faults
 long = pytest.mark.long
@@ -103,10 +102,10 @@ def finish_forked(stage, faults, flags):
         assert wait(pid, 600) == 0, printed()[-2000:]
 
 
-def launch(stage, *flags):
+def start(stage, *flags):
     """A stage as its script runs it, in this process."""
     module = STAGES[stage]
-    runtime.launch(module.main, module.get_args([*COMMON, *OWN[stage], *flags]))
+    launch.start(module.main, module.get_args([*COMMON, *OWN[stage], *flags]))
 
 
 def record(folder, rank=0):
@@ -317,7 +316,7 @@ def test_a_file_that_grows_too_large():
         resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
         try:
             stage.train(10)
-        except runtime.InputError as error:
+        except launch.InputError as error:
             os.write(1, str(error).encode())
             os._exit(2)
 
@@ -333,7 +332,7 @@ def test_an_unwritable_output_fails_before_the_first_step(capsys, monkeypatch):
     def somebody():
         if os.getuid() == 0:                                # whom no right is denied
             os.setuid(65534)
-        launch("teacher", "--output", "run")
+        start("teacher", "--output", "run")
 
     Path("file").write_text("")
     message = fails(capsys, "teacher", "--output", "file/run")
@@ -552,7 +551,7 @@ def test_an_unreadable_image_is_named_or_skipped(how, form, folder, capsys):
     assert weights(newest("run")) == weights(newest("again"))   # replaced by the same
     bad_image(folder / "set" / "train" / "bee" / "1.jpg", how)
     with pytest.raises(SystemExit) as stop:
-        launch("teacher", *flags, "--output", "cap")
+        start("teacher", *flags, "--output", "cap")
     assert stop.value.code == 2
     assert "more than --skip-bad-images 1" in capsys.readouterr().err
 
@@ -662,7 +661,7 @@ def test_a_second_run_in_a_live_folder_is_refused():
     with forked(hold) as pid:
         wait_for(Path("ready").exists)
         expected = "--output run: a run that is still alive writes there"
-        with pytest.raises(runtime.InputError, match=expected):
+        with pytest.raises(launch.InputError, match=expected):
             Stage().begin()
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -689,7 +688,7 @@ def test_out_of_memory_says_what_to_lower(kind, chain, capsys, monkeypatch):
 
     monkeypatch.setattr(Run, "check_finite", fail)
     with pytest.raises(SystemExit) as stop:
-        launch("pretrain", *chain.inputs["pretrain"], "--output", "run")
+        start("pretrain", *chain.inputs["pretrain"], "--output", "run")
     message = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 4
     assert message.startswith("pretrain.py: out of memory (")
@@ -703,7 +702,7 @@ def test_a_process_that_really_runs_out_of_memory():
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + 200 * 2 ** 20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        launch("finetune", "--init", "none", "--model", "tiny", "--image-size", "224",
+        start("finetune", "--init", "none", "--model", "tiny", "--image-size", "224",
                "--patch-size", "16", "--output", "run")
 
     with forked(starved) as pid:

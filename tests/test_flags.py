@@ -10,13 +10,12 @@ import torch
 from conftest import COMMON, OWN, ROOT, STAGES, run
 from test_stages import fails, newest
 
-import checkpoint
-import commandline
-import runtime
-from commandline import number
-from logbook import Run
-from runtime import InputError
-from tools import attack, bench, cifar10, codewords, export, figures, plan, report
+import support.flags
+from support import checkpoint, launch
+from support.flags import number
+from support.launch import InputError
+from support.run import Run
+from tools import attack, bench, cifar10, codewords, export, figures
 
 # ------------------------------------------------------------------------------------------------
 # Every numeric flag of every stage
@@ -37,7 +36,7 @@ def numeric_flags(stage, monkeypatch):
     """{flag: how many values it takes}, of all flags that are not words of their own."""
     kept = []
     with monkeypatch.context() as patch:
-        patch.setattr(commandline, "parse", lambda p, *_: kept.append(p))
+        patch.setattr(support.flags, "parse", lambda p, *_: kept.append(p))
         STAGES[stage].get_args([])
     counts = {}
     for action in kept[0]._actions:
@@ -90,8 +89,6 @@ TOOLS = [
     (attack.get_args, ["run", "--batch-size", "-1"]),
     (codewords.get_args, ["run", "--workers", "1000"]),
     (figures.main, ["masked", "run", "--masked", "0"]),
-    (plan.get_args, ["teacher", "--ranks", "0"]),
-    (plan.get_args, ["teacher", "--images-per-second", "nan"]),
     (bench.get_args, ["--repeats", "-1"]),
     (cifar10.main, ["--seeds", "-1"]),
     (cifar10.main, ["--jobs", "0"]),
@@ -129,7 +126,7 @@ def test_what_a_range_lets_pass_runs_or_ends_with_a_status(stage, flags, capsys)
     module = STAGES[stage]
     try:
         args = module.get_args([*COMMON, *OWN[stage], "--steps", "2", *flags])
-        runtime.launch(module.main, args)
+        launch.start(module.main, args)
     except SystemExit as stop:
         assert stop.code in (2, 3, 4)
         assert capsys.readouterr().err.count("\n") == 1
@@ -148,11 +145,11 @@ def test_a_warm_up_is_no_longer_than_the_run(capsys):
     for stage, flag, longest in (
             ("teacher", "--warmup-epochs", 2), ("tokenizer", "--warmup-steps", 8)):
         args = STAGES[stage].get_args([*recipe, "--epochs", "2", flag, str(longest)])
-        assert runtime.total_steps(args, 64) == (4, 8)
+        assert launch.total_steps(args, 64) == (4, 8)
         setattr(args, flag[2:].replace("-", "_"), longest + 1)
         message = f"{flag} {longest + 1} is longer than .* take {flag} {longest} or less"
         with pytest.raises(InputError, match=message):
-            runtime.total_steps(args, 64)
+            launch.total_steps(args, 64)
 
 
 def test_steps_cut_a_run_short_in_the_recipes_warm_up_but_not_in_the_flags(capsys):
@@ -224,7 +221,7 @@ def test_a_crafted_checkpoint_is_refused_by_name(kind, chain, capsys):
     resealed(chain.teacher, "teacher.pt", change)
     assert "teacher.pt: " in fails(capsys, "tokenizer", "--perceptual", "teacher.pt")
     with pytest.raises((SystemExit, InputError)) as error:
-        runtime.launch_tool("export", lambda: export.main(["crafted.pt", "out"]))
+        launch.launch_tool("export", lambda: export.main(["crafted.pt", "out"]))
         figures.masked_predictions("crafted.pt")
     assert error.type is InputError or error.value.code == 2
 
@@ -299,7 +296,7 @@ def outcome(command, **environment):
 
 
 @pytest.mark.parametrize("module", [
-    *STAGES.values(), attack, bench, cifar10, codewords, export, figures, plan, report,
+    *STAGES.values(), attack, bench, cifar10, codewords, export, figures,
 ], ids=lambda module: module.__name__)
 def test_without_docstrings(module, monkeypatch, capsys):
     """As under python -OO."""
@@ -312,7 +309,7 @@ def test_without_docstrings(module, monkeypatch, capsys):
 
 
 @pytest.mark.long                                           # it compiles all of PyTorch
-@pytest.mark.parametrize("module", [["teacher.py"], ["-m", "tools.report"]], ids=" ".join)
+@pytest.mark.parametrize("module", [["teacher.py"], ["-m", "tools.export"]], ids=" ".join)
 def test_without_docstrings_in_a_process(module):
     status, _, err = outcome([sys.executable, "-OO", *module, "--help"])
     assert (status, err) == (0, b"")
@@ -328,11 +325,10 @@ def test_a_locale_of_ascii():
 def test_places_that_cannot_be_written(chain, capsys):
     Path("file").touch()
     for name, main, flags in (
-            ("report", report.main, [str(chain.tokenizer), "--output", "file/report.html"]),
             ("export", export.main, [str(chain.teacher), "file/out"]),
             ("figures", figures.main, ["reconstructions", "nowhere"])):
         with pytest.raises(SystemExit) as stop:
-            runtime.launch_tool(name, lambda main=main, flags=flags: main(flags))
+            launch.launch_tool(name, lambda main=main, flags=flags: main(flags))
         message = capsys.readouterr().err
         assert stop.value.code == 2
         assert message.count("\n") == 1

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
-import logbook
-from logbook import Run
-from runtime import InputError
+from support import checkpoint
+from support import run as logbook
+from support.launch import InputError
+from support.run import Run
 
 
 class Stage:

@@ -17,20 +17,25 @@ from test_stages import fails, log, newest
 from test_vit import pixels, randomize, seeded, tiny_vit
 from test_weights import as_moco_v3
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torchvision.models import resnet, vgg
 
-import checkpoint
-import codebook
 import data
+import model
 import pretrain
 import segment
 import transforms
-import weights
-from codebook import VQTokenizer
-from model import SIZES, MaskedAutoencoder, VisionTransformer, random_mask
-from scenes import Synthetic
-from tools import attack, codewords, figures, plan
+from model import SIZES, MaskedAutoencoder, VisionTransformer, VQTokenizer, random_mask
+from support import checkpoint, weights
+from support.scenes import Synthetic
+from tools import attack, codewords, figures
+
+READS = dict(tokenizer="perceptual", pretrain="tokenizer", finetune="init", segment="init",
+             detect="init")                                 # stage → its flag of what it reads
+CPU_ATTENTION = {                                           # which PyTorch's counter does not know
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+}
 
 # ------------------------------------------------------------------------------------------------
 # The paper's values: (stage, its argument, value, where the paper says so; "S" is its supplement)
@@ -187,8 +192,8 @@ def reads(command):
     script, *flags = command
     if script.startswith("tools."):
         paths = flags
-    elif script in plan.READS:
-        paths = [getattr(arguments(command), plan.READS[script])]
+    elif script in READS:
+        paths = [getattr(arguments(command), READS[script])]
     else:
         paths = []
     return [path for path in paths if path.startswith("runs/")]
@@ -345,7 +350,7 @@ def convolutions(network):
 
 
 def blocks_of(network):
-    return sum(isinstance(module, codebook.ResidualBlock) for module in network)
+    return sum(isinstance(module, model.ResidualBlock) for module in network)
 
 
 def test_table1_sizes(runs):
@@ -619,7 +624,7 @@ def test_table8_the_encoder_costs_what_is_visible():
     embedding = 2 * patches * dim * 3 * 4 ** 2
     costs = []
     for masked in (0, 4, 8, 12):
-        with FlopCounterMode(display=False, custom_mapping=plan.CPU_ATTENTION) as counter:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             vit.visible_tokens(pixels(1, 3, 16, 16), random_masks(1, 4, masked))
         tokens = 1 + patches - masked
         blocks = 2 * depth * (12 * tokens * dim ** 2 + 2 * tokens ** 2 * dim)

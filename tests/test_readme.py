@@ -13,7 +13,7 @@ import pretrain
 import segment
 import teacher
 import tokenizer
-from tools import attack, bench, codewords, export, figures, plan, report
+from tools import attack, bench, codewords, export, figures
 
 STAGES = {module.__name__: module
           for module in (teacher, tokenizer, pretrain, finetune, segment, detect)}
@@ -91,7 +91,7 @@ def test_paper_map_points_at_code():
 @pytest.mark.parametrize("doc", DOCS)
 def test_flags_exist(doc):
     sources = [ROOT / f"{stage}.py" for stage in STAGES]
-    sources += [ROOT / name for name in ("commandline.py", "data.py", "weights.py")]
+    sources += [ROOT / name for name in ("support/flags.py", "data.py", "support/weights.py")]
     sources += (ROOT / "tools").glob("*.py")
     known = "".join(path.read_text() for path in sources)
     flags = set(re.findall(r"--[a-z][a-z-]+", DOCS[doc])) - TORCHRUN
@@ -127,11 +127,10 @@ def parse(script, flags, monkeypatch):
         assert (ROOT / script.replace(".", "/")).with_suffix(".py").exists()
         assert flags == []
         return None
-    tools = {"tools.plan": plan, "tools.bench": bench, "tools.codewords": codewords,
-             "tools.attack": attack}
+    tools = {"tools.bench": bench, "tools.codewords": codewords, "tools.attack": attack}
     if script in tools:
         return tools[script].get_args(flags)
-    tool = {"tools.export": export, "tools.report": report, "tools.figures": figures}[script]
+    tool = {"tools.export": export, "tools.figures": figures}[script]
     plain = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self, argv):
@@ -153,9 +152,8 @@ def test_commands_parse(doc, monkeypatch):
             parse(script, flags, monkeypatch)
 
 
-@pytest.mark.parametrize("file", [*(f"{stage}.py" for stage in STAGES), "tools/plan.py",
-                                  "tools/codewords.py", "tools/demo.py", "tools/export.py",
-                                  "tools/report.py"])
+@pytest.mark.parametrize("file", [*(f"{stage}.py" for stage in STAGES), "tools/codewords.py",
+                                  "tools/demo.py", "tools/export.py"])
 def test_commands_of_a_script_parse(file, monkeypatch):
     """Those in its docstring, which are indented."""
     doc = ast.get_docstring(ast.parse((ROOT / file).read_text()), clean=False)
@@ -167,9 +165,9 @@ def test_commands_of_a_script_parse(file, monkeypatch):
 
 
 def test_a_command_that_does_not_parse_is_seen(monkeypatch):
-    text = "`pretrain.py --model gigantic`, `python -m tools.report`, `python -m tools.plan x`"
+    text = "`pretrain.py --model gigantic`, `python -m tools.export`, `python -m tools.bench x`"
     found = commands(text)
-    assert [script for script, _ in found] == ["pretrain", "tools.report", "tools.plan"]
+    assert [script for script, _ in found] == ["pretrain", "tools.export", "tools.bench"]
     for script, flags in found:
         with pytest.raises(SystemExit):
             parse(script, flags, monkeypatch)

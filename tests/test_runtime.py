@@ -7,9 +7,8 @@ from argparse import Namespace
 
 import pytest
 
-import commandline
-import runtime
-from runtime import InputError
+from support import flags, launch
+from support.launch import InputError
 
 # ------------------------------------------------------------------------------------------------
 # Arguments
@@ -21,10 +20,10 @@ RECIPES = {
 }
 
 
-def parse(*flags):
-    p = commandline.parser("teacher", "A stage.\n\nMore.")
+def parse(*argv):
+    p = flags.parser("teacher", "A stage.\n\nMore.")
     p.add_argument("--image-size", type=int, help="side of the images, pixels")
-    return commandline.parse(p, RECIPES, flags)
+    return flags.parse(p, RECIPES, argv)
 
 
 def test_flags_win_over_the_recipe():
@@ -84,40 +83,40 @@ def test_help_shows_the_defaults_of_the_recipe(capsys):
 
 def test_a_download_is_made_once_on_a_machine(monkeypatch):
     done = []
-    monkeypatch.setattr(runtime.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(runtime.dist, "barrier", lambda: done.append("barrier"))
+    monkeypatch.setattr(launch.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(launch.dist, "barrier", lambda: done.append("barrier"))
     for rank in (0, 1):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        with runtime.first_of_machine():
+        with launch.first_of_machine():
             done.append(f"rank {rank} loads")
     assert done == ["rank 0 loads", "barrier", "barrier", "rank 1 loads"]
 
 
 def test_batches_that_do_not_divide_are_refused(monkeypatch):
-    assert runtime.micro_batch(Namespace(batch_size=12, accumulate=3)) == 4
+    assert launch.micro_batch(Namespace(batch_size=12, accumulate=3)) == 4
     with pytest.raises(InputError, match="--batch-size 10 .* 1 ranks × 3 .*: try 9"):
-        runtime.micro_batch(Namespace(batch_size=10, accumulate=3))
-    monkeypatch.setattr(runtime, "world_size", lambda: 4)
-    assert runtime.micro_batch(Namespace(batch_size=24, accumulate=3)) == 2
+        launch.micro_batch(Namespace(batch_size=10, accumulate=3))
+    monkeypatch.setattr(launch, "world_size", lambda: 4)
+    assert launch.micro_batch(Namespace(batch_size=24, accumulate=3)) == 2
     with pytest.raises(InputError, match="--batch-size 10 .* 4 ranks × 3 .*: try 12"):
-        runtime.micro_batch(Namespace(batch_size=10, accumulate=3))
+        launch.micro_batch(Namespace(batch_size=10, accumulate=3))
 
 
 def test_number_of_steps():
     args = Namespace(batch_size=10, epochs=3, steps=None, accumulate=4)
-    assert runtime.total_steps(args, 29) == (2, 6)          # the epoch's last 9 are left out
+    assert launch.total_steps(args, 29) == (2, 6)          # the epoch's last 9 are left out
     args.steps = 5
-    assert runtime.total_steps(args, 29) == (2, 5)
+    assert launch.total_steps(args, 29) == (2, 5)
     with pytest.raises(InputError, match="--batch-size 10 .* 9 training images: try 8"):
-        runtime.total_steps(args, 9)
+        launch.total_steps(args, 9)
     with pytest.raises(InputError, match="3 training images: too few for 1 ranks × 4 micro-b"):
-        runtime.total_steps(args, 3)
+        launch.total_steps(args, 3)
 
 
 # ------------------------------------------------------------------------------------------------
 # Starting and ending
 
-def launch(error=None, **changes):
+def start(error=None, **changes):
     """Launch a stage that raises an error; whether its main() was called."""
     called = []
 
@@ -128,13 +127,13 @@ def launch(error=None, **changes):
 
     args = Namespace(**(dict(stage="teacher", batch_size=8, accumulate=1) | changes))
     try:
-        runtime.launch(main, args)
+        launch.start(main, args)
     finally:
         launch.called = bool(called)
 
 
 def test_a_stage_is_launched():
-    launch()
+    start()
     assert launch.called
 
 
@@ -144,14 +143,14 @@ def test_a_stage_is_launched():
 ])
 def test_what_a_user_can_mend_ends_with_one_line_and_a_status(error, status, capsys):
     with pytest.raises(SystemExit) as stop:
-        launch(error)
+        start(error)
     assert stop.value.code == status
     assert capsys.readouterr().err == "teacher.py: --patch-size: 5 is odd\n"
 
 
 def test_ctrl_c_before_the_first_step_ends_with_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
-        launch(KeyboardInterrupt())
+        start(KeyboardInterrupt())
     assert stop.value.code == 130
     message, = capsys.readouterr().err.splitlines()
     assert message.startswith("teacher.py: interrupted at once; the same command goes on")
@@ -159,7 +158,7 @@ def test_ctrl_c_before_the_first_step_ends_with_one_line(capsys):
 
 def test_a_batch_that_does_not_divide_is_refused_before_anything_is_loaded(capsys):
     with pytest.raises(SystemExit) as stop:
-        launch(accumulate=3)
+        start(accumulate=3)
     assert stop.value.code == 2
     assert not launch.called
     assert "--batch-size 8 does not divide" in capsys.readouterr().err
@@ -168,17 +167,17 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_loaded(capsy
 @pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("a bug"), ValueError("a bug")])
 def test_other_errors_keep_their_traceback(error):
     with pytest.raises(type(error), match="a bug"):
-        launch(error)
+        start(error)
 
 
 def test_an_input_error_out_of_a_worker_is_its_message_alone():
     wrapped = InputError("Caught InputError in DataLoader worker process 0.\nTraceback …\n"
-                         "runtime.InputError: a.jpg: not a readable image\n")
+                         "launch.InputError: a.jpg: not a readable image\n")
     assert str(wrapped) == "a.jpg: not a readable image"
 
 
 def test_a_signal_is_remembered(capfd):
-    caught = runtime.catch_signals()
+    caught = launch.catch_signals()
     assert caught == []
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(os.getpid(), number)
@@ -192,7 +191,7 @@ def test_a_signal_is_remembered(capfd):
 # Steps
 
 def test_cosine_schedule():
-    rates = [runtime.cosine(step, 110, 10, 3.0) for step in range(111)]
+    rates = [launch.cosine(step, 110, 10, 3.0) for step in range(111)]
     assert rates[:10] == pytest.approx([0.3 * i for i in range(1, 11)], rel=0, abs=1e-12)
     assert rates[9] == rates[10] == 3.0                     # the warm-up ends at the peak
     assert rates[60] == pytest.approx(1.5)
@@ -200,22 +199,22 @@ def test_cosine_schedule():
     assert rates[110] == pytest.approx(0, abs=1e-12)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert len(set(rates[10:])) == 101                      # strictly falling
-    assert runtime.cosine(0, 10, 0, 2.0) == 2.0             # no warm-up
-    assert runtime.cosine(5, 5, 5, 2.0) == 2.0              # only warm-up: no division by zero
+    assert launch.cosine(0, 10, 0, 2.0) == 2.0             # no warm-up
+    assert launch.cosine(5, 5, 5, 2.0) == 2.0              # only warm-up: no division by zero
 
 
 def test_fractional_warm_up_stays_at_or_under_the_peak():
-    assert all(0 < runtime.cosine(step, 20, 2.5, 1.0) <= 1.0 for step in range(20))
+    assert all(0 < launch.cosine(step, 20, 2.5, 1.0) <= 1.0 for step in range(20))
 
 
 def test_seeds_are_distinct():
     numbers = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (1, 11), (11, 1), (111,), (0, 10),
                (10, 0)]
     numbers += [(0, 0, i) for i in range(1000)]
-    seeds = [runtime.derive_seed(*one) for one in numbers]
+    seeds = [launch.derive_seed(*one) for one in numbers]
     assert len(set(seeds)) == len(seeds) - 1                # (0, 0, 0) stands twice
     assert all(0 <= seed < 2 ** 63 for seed in seeds)
-    assert runtime.derive_seed(1, 2) == runtime.derive_seed(1, 2)
+    assert launch.derive_seed(1, 2) == launch.derive_seed(1, 2)
 
 
 @pytest.mark.parametrize("flag", ["--accumulate", "--batch-size", "--save-every", "--log-every",
@@ -229,10 +228,10 @@ def test_counts_are_whole_numbers_from_1_on(flag, value, capsys):
 
 
 def test_a_tool_that_does_not_share_its_work_refuses_torchrun(monkeypatch):
-    runtime.one_process("attack")
-    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    launch.one_process("attack")
+    monkeypatch.setattr(launch, "world_size", lambda: 2)
     with pytest.raises(InputError, match="one process: python -m tools.attack"):
-        runtime.one_process("attack")
+        launch.one_process("attack")
 
 
 def test_what_is_printed_never_ends_a_run(monkeypatch):
@@ -243,15 +242,15 @@ def test_what_is_printed_never_ends_a_run(monkeypatch):
         def flush(self):
             raise BrokenPipeError
 
-    for name, tell in (("stdout", runtime.say), ("stderr", runtime.warn)):
+    for name, tell in (("stdout", launch.say), ("stderr", launch.warn)):
         monkeypatch.setattr(sys, name, Closed())
         tell("to nobody")
         tell("again")
 
 
 def test_nohup_keeps_a_run_from_the_terminals_end_and_nothing_else():
-    for number in runtime.SIGNALS:
+    for number in launch.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    runtime.catch_signals()
-    ignored = {n for n in runtime.SIGNALS if signal.getsignal(n) == signal.SIG_IGN}
+    launch.catch_signals()
+    ignored = {n for n in launch.SIGNALS if signal.getsignal(n) == signal.SIG_IGN}
     assert ignored == {signal.SIGHUP}

@@ -15,13 +15,11 @@ from test_stages import fails, log, newest
 from torchvision import tv_tensors
 from torchvision.transforms import v2 as T
 
-import checkpoint
 import data
 import detect
 import model
-import runtime
-import scenes
 import segment
+from support import checkpoint, launch, scenes
 
 
 def seeded(seed=0):
@@ -202,7 +200,7 @@ def test_a_grey_image_and_a_truncated_one(folder, capsys):
     assert samples[0, 1][0].shape == (3, 16, 16)
     path = root / "images" / "training" / "2.jpg"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(runtime.InputError, match="2.jpg: not a readable image"):
+    with pytest.raises(launch.InputError, match="2.jpg: not a readable image"):
         samples[0, 2]
 
 
@@ -409,7 +407,7 @@ def test_evaluation_at_each_images_own_size(folder):
 def test_pictures_are_numbered_over_all_ranks(folder, monkeypatch):
     dataset = segment.load_dataset(str(make_ade(folder / "ade", images=12)), "val", 32, 2)
     args = segment.get_args([*COMMON, "--image-size", "30", "--output", "."])
-    for module in (runtime, data):                          # as the second of two ranks
+    for module in (launch, data):                          # as the second of two ranks
         monkeypatch.setattr(module, "rank", lambda: 1)
         monkeypatch.setattr(module, "world_size", lambda: 2)
     segment.evaluate(args, LighterHalf(), dataset, torch.device("cpu"))
@@ -435,7 +433,7 @@ def test_training_begins_from_the_pre_trained_weights(chain):
 
 
 def test_a_network_without_weights(chain):
-    """As tools.plan asks for it."""
+    """Of an empty network."""
     args = segment.get_args([*COMMON, *OWN["segment"], "--checkpoint-activations"])
     state = newest(chain.pretrain)
     network, model_args = segment.build(args, 11, state | dict(model=None))

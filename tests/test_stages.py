@@ -18,21 +18,21 @@ from conftest import COMMON, OWN, ROOT, STAGES, run
 from PIL import Image
 from test_data import make_folder
 
-import checkpoint
-import commandline
 import data
 import finetune
 import model
 import pretrain
-import runtime
+import support.flags
 import teacher
 import transforms
-from logbook import Run
+from support import checkpoint, launch
+from support.run import Run
 
 FLAGS_WITHOUT_DEFAULT = {"steps", "epochs", "perceptual_layers", "decoder_channels",
                          "decoder_blocks", "vit", "probe"}
 # Read the shared flags.
-LIBRARY = ("commandline.py", "runtime.py", "logbook.py", "weights.py", "data.py")
+LIBRARY = ("support/flags.py", "support/launch.py", "support/run.py", "support/weights.py",
+           "data.py")
 
 
 def log(folder, split=None):
@@ -58,7 +58,7 @@ def weights(state):
 def parsers(monkeypatch):
     """Each stage's parser, before it parses."""
     with monkeypatch.context() as patch:
-        patch.setattr(commandline, "parse", lambda p, recipes, argv: p)
+        patch.setattr(support.flags, "parse", lambda p, recipes, argv: p)
         return {name: module.get_args([]) for name, module in STAGES.items()}
 
 
@@ -454,7 +454,7 @@ def test_perceptual_layers(chain):
     one = short("tokenizer", chain, "--perceptual-layers", "1")["perceptual"]
     shutil.rmtree("run")
     assert short("tokenizer", chain, "--perceptual-layers", "1", "3")["perceptual"] > one
-    with pytest.raises(runtime.InputError, match=r"perceptual layers \[5\].*layers 1 to 4"):
+    with pytest.raises(launch.InputError, match=r"perceptual layers \[5\].*layers 1 to 4"):
         short("tokenizer", chain, "--perceptual-layers", "5")
 
 
@@ -545,7 +545,7 @@ def test_evaluation_repeats_what_the_training_logged(chain):
     (line,) = log(output, "val")
     assert line == line | row
     for init in (str(chain.pretrain), "none"):
-        with pytest.raises(runtime.InputError, match="no classifier of 10 classes"):
+        with pytest.raises(launch.InputError, match="no classifier of 10 classes"):
             run("finetune", "--eval", "--init", init)
 
 
@@ -728,7 +728,7 @@ def fails(capsys, stage, *flags, before=0):
     """Its last line on stderr, the only one but for `before` that say why a file was not loaded."""
     module = STAGES[stage]
     with pytest.raises(SystemExit) as stop:
-        runtime.launch(module.main, module.get_args([*COMMON, *OWN[stage], *flags]))
+        launch.start(module.main, module.get_args([*COMMON, *OWN[stage], *flags]))
     assert stop.value.code == 2
     *others, message = capsys.readouterr().err.splitlines()
     assert message.startswith(f"{stage}.py: ")
@@ -827,7 +827,7 @@ def test_an_unreadable_image_ends_a_real_process(folder):
     assert errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("ratio", ["0.01", "0.99"])      # commandline.number refuses 0 and 1
+@pytest.mark.parametrize("ratio", ["0.01", "0.99"])      # flags.number refuses 0 and 1
 def test_a_share_of_masked_patches_that_leaves_nothing_to_learn(ratio, chain, capsys):
     message = fails(capsys, "pretrain", *chain.inputs["pretrain"], "--mask-ratio", ratio)
     assert f"--mask-ratio {float(ratio)}: it masks" in message

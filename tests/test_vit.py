@@ -25,8 +25,7 @@ from model import (
     resize_positions,
     sincos_positions,
 )
-from runtime import InputError
-from weights import load_backbone
+from support.weights import load_backbone
 
 
 def seeded(seed=0):
@@ -391,7 +390,7 @@ def test_images_of_any_size(positions):
     (last,) = vit.features(images)
     assert torch.equal(last, features[1])
     for layers in ([3], [0, 1], []):
-        with pytest.raises(InputError, match=rf"layers {re.escape(str(layers))}: .* 1 to 2"):
+        with pytest.raises(ValueError, match=rf"layers {re.escape(str(layers))}: .* 1 to 2"):
             vit.features(images, layers)
 
 

@@ -11,10 +11,8 @@ from conftest import COMMON, run
 from test_stages import fails, log, newest
 from test_vit import pixels, randomize, tiny_vit
 
-import checkpoint
 import finetune
 import model
-import weights
 from model import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -22,8 +20,9 @@ from model import (
     resize_bias_table,
     resize_positions,
 )
-from runtime import InputError
-from weights import load_backbone
+from support import checkpoint, weights
+from support.launch import InputError
+from support.weights import load_backbone
 
 # ------------------------------------------------------------------------------------------------
 # A ViT for another task

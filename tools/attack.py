@@ -10,13 +10,11 @@ log.jsonl.
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import commandline
 import data
-import logbook
-import runtime
 import transforms
-from weights import load
+from support import checkpoint, flags, launch
+from support import run as logbook
+from support.weights import load
 
 EPSILON = 2 / 255               # [PeCo], of pixels in [0, 1]
 STEPS = 20                      # [PeCo]
@@ -26,12 +24,12 @@ MIM_DECAY = 1.0                 # μ [MIM]
 
 
 def get_args(argv=None):
-    p = commandline.Parser("tools.attack", __doc__)
+    p = flags.Parser("tools.attack", __doc__)
     p.add_argument("run", help="run or checkpoint of finetune.py; its --data is used")
     p.add_argument("--data", help="as in finetune.py; default: the run's")
-    p.add_argument("--images", type=commandline.positive,
+    p.add_argument("--images", type=flags.positive,
                    help="attack only so many validation images, drawn at random, always the same")
-    p.add_argument("--batch-size", type=commandline.positive, default=100, help="images at a time")
+    p.add_argument("--batch-size", type=flags.positive, default=100, help="images at a time")
     data.add_workers(p)
     args = p.parse_args(argv)
     args.stage, args.accumulate = "attack", 1
@@ -78,8 +76,8 @@ ATTACKS = dict(clean=unchanged, bim=bim, mim=mim)
 
 
 def main(args):
-    runtime.one_process("attack")
-    device = runtime.device()
+    launch.one_process("attack")
+    device = launch.device()
     trained = checkpoint.load(args.run, ["finetune"])["args"]
     model = load(args.run, ["finetune"]).to(device)
     dataset = data.load_dataset(args.data or trained["data"], "val", trained["image_size"])
@@ -100,4 +98,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runtime.launch(main, get_args())
+    launch.start(main, get_args())

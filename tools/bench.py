@@ -33,24 +33,23 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
-import commandline
 import data
 import finetune
 import pretrain
-import runtime
 import tokenizer
 import transforms
-from codebook import PerceptualLoss, Quantizer
 from model import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     SIZES,
+    PerceptualLoss,
+    Quantizer,
     VisionTransformer,
     block_mask,
     param_groups,
 )
-from weights import MOCO_V3
+from support import checkpoint, flags, launch
+from support.weights import MOCO_V3
 
 # The paper's settings
 PRETRAIN = pretrain.get_args([])
@@ -100,7 +99,7 @@ class Bench:
     """Makers of the rows, at the batch size and precision of the command line."""
 
     def __init__(self, args):
-        self.args, self.device = args, runtime.device()
+        self.args, self.device = args, launch.device()
         self.batch = args.batch_size
         self.dtype = torch.bfloat16 if args.amp == "bf16" else torch.float32
         torch.manual_seed(0)
@@ -423,13 +422,13 @@ def peak(name):
 
 def get_args(argv=None):
     gpu = torch.cuda.is_available()
-    p = commandline.Parser("tools.bench", __doc__,
+    p = flags.Parser("tools.bench", __doc__,
                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--batch-size", type=commandline.positive, default=64 if gpu else 8,
+    p.add_argument("--batch-size", type=flags.positive, default=64 if gpu else 8,
                    help="images of a step")
     p.add_argument("--amp", choices=["fp32", "bf16"], default="bf16" if gpu else "fp32",
                    help="precision")
-    p.add_argument("--repeats", type=commandline.count, default=7,
+    p.add_argument("--repeats", type=flags.count, default=7,
                    help="turns; 0: only print the peak memory of the row --only, in GiB")
     p.add_argument("--data", help="ImageFolder of photographs: also the input pipeline and "
                                   "pretrain.py end to end")
@@ -448,14 +447,14 @@ def main(args):
         except ImportError as error:
             print(f"{name}: {error.name} is not installed", file=sys.stderr)
     if not rows:
-        raise runtime.InputError(f"--only {args.only}: no such row")
+        raise launch.InputError(f"--only {args.only}: no such row")
     if args.repeats == 0:
         print(peak_of(rows[args.only].function, bench.device))
         return
     results, rate, bandwidth = measure(rows, args.repeats, bench.device, bench.dtype)
     images = {name: row.images for name, row in rows.items()}
 
-    print(f"{runtime.hardware()}, PyTorch {torch.__version__}, Python {platform.python_version()}, "
+    print(f"{launch.hardware()}, PyTorch {torch.__version__}, Python {platform.python_version()}, "
           f"{torch.get_num_threads()} threads, batch {args.batch_size}, {args.amp}: matrix product "
           f"{rate / 1e12:.3g} TFLOP/s, copy {bandwidth / 1e9:.3g} GB/s\n")
     header = ["", "ms", "images/s", "share of the floor"]
@@ -474,4 +473,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runtime.launch_tool("bench", lambda: main(get_args()))
+    launch.launch_tool("bench", lambda: main(get_args()))

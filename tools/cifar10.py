@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 
-import commandline
 import finetune
 import pretrain
 import tokenizer
 from model import SIZES
+from support.flags import Parser, count, positive
 
 ROOT = Path(__file__).parent.parent
 ARMS = {
@@ -673,20 +673,20 @@ def write(runner):
 
 
 def main(argv=None):
-    p = commandline.Parser("tools.cifar10", __doc__,
+    p = Parser("tools.cifar10", __doc__,
                        epilog="Flags not known here go to every stage.")
     p.add_argument("--recipe", choices=SEARCH,
                    default="cifar" if torch.cuda.is_available() else "cifar-cpu",
                    help="default: by the hardware")
     p.add_argument("--data", help="dataset, as the stages' --data; default: the recipe's")
-    p.add_argument("--seeds", type=commandline.count, nargs="+",
+    p.add_argument("--seeds", type=count, nargs="+",
                    default=[0, 1, 2, 3, 4], help="which to run")
     p.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="which to run")
-    p.add_argument("--jobs", type=commandline.positive, default=2,
+    p.add_argument("--jobs", type=positive, default=2,
                    help="command lines side by side")
     length = p.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=commandline.positive, help="of every job, to try it")
-    length.add_argument("--epochs", type=commandline.positive, help="the same")
+    length.add_argument("--steps", type=positive, help="of every job, to try it")
+    length.add_argument("--epochs", type=positive, help="the same")
     p.add_argument("--ablations", action="store_true", help="also the paper's ablations")
     p.add_argument("--report", action="store_true",
                    help="run nothing, only write RESULTS.md and the README's table")

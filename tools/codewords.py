@@ -11,22 +11,19 @@ the images themselves. Ours: distance, the perceptual one. One line more in the 
 import torch
 from torch import nn
 
-import checkpoint
-import commandline
 import data
 import finetune
-import logbook
-import runtime
 import transforms
-from codebook import PerceptualLoss
-from model import IMAGENET_MEAN, IMAGENET_STD
-from weights import load, perceptual_network
+from model import IMAGENET_MEAN, IMAGENET_STD, PerceptualLoss
+from support import checkpoint, flags, launch
+from support import run as logbook
+from support.weights import load, perceptual_network
 
 DEIT_TINY = "deit_tiny_patch16_224"     # timm's name of the paper's judge, 72.2 % on ImageNet
 
 
 def get_args(argv=None):
-    p = commandline.Parser("tools.codewords", __doc__)
+    p = flags.Parser("tools.codewords", __doc__)
     p.add_argument("tokenizer", help="run or checkpoint of tokenizer.py; its --data is used")
     p.add_argument("--classifier", default=DEIT_TINY,
                    help=f"the judge of reconstructions: a finetune.py run, or {DEIT_TINY} (timm's, "
@@ -49,13 +46,13 @@ class DeiT(nn.Module):
         try:
             import timm
         except ImportError as error:
-            raise runtime.InputError(
+            raise launch.InputError(
                 "--classifier: timm is missing: pip install timm, or name a finetune.py run"
             ) from error
         try:
             self.network = timm.create_model(DEIT_TINY, pretrained=True)
         except OSError as error:                            # no network
-            raise runtime.InputError(f"--classifier {DEIT_TINY}: not downloaded ({error}); "
+            raise launch.InputError(f"--classifier {DEIT_TINY}: not downloaded ({error}); "
                                      "name a finetune.py run") from error
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
@@ -69,7 +66,7 @@ def pooled_codewords(args, tokenizer, split, device):
     """The mean of an image's quantized codewords (images, D), and labels (images,)."""
     features, targets = [], []
     for images, labels in batches(args, split):
-        with runtime.autocast(args, device):                # as in pretrain.py
+        with launch.autocast(args, device):                # as in pretrain.py
             codes = tokenizer.encode(images.to(device))
         features.append(tokenizer.quantizer.lookup(codes).mean((2, 3)))         # (B, D)
         targets.append(labels)
@@ -82,7 +79,7 @@ def reconstruction_row(args, tokenizer, classifier, perceptual, device):
     originals = reconstructions = distance = number = 0
     for images, labels in batches(args, "val"):
         images, labels = images.to(device), labels.to(device)
-        with runtime.autocast(args, device):
+        with launch.autocast(args, device):
             codes = tokenizer.encode(images)
         x_hat = tokenizer.decode(codes)
         originals += (classifier(images).argmax(1) == labels).sum().item()
@@ -100,8 +97,8 @@ def batches(args, split):
 
 
 def main(args):
-    runtime.one_process("codewords")
-    device = runtime.device()
+    launch.one_process("codewords")
+    device = launch.device()
     trained = checkpoint.load(args.tokenizer, ["tokenizer"])["args"]
     args.image_size, args.eval_crop = trained["image_size"], trained["eval_crop"]
     args.data = args.data or trained["data"]
@@ -119,4 +116,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runtime.launch(main, get_args())
+    launch.start(main, get_args())

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import finetune
 import pretrain
-import runtime
 import teacher
 import tokenizer
+from support import launch
 
 SEEDS = (0, 1, 2)                                           # of fine-tuning
 ARMS = {                                                    # name → (in words, --init)
@@ -36,7 +36,7 @@ class Demo:
         flags = ["--recipe", "demo", "--workers", "0", *flags]      # so the scenes are drawn once
         args = stage.get_args(flags)
         print(f"\n$ python {args.stage}.py {' '.join(flags)}", flush=True)
-        runtime.launch(stage.main, args)
+        launch.start(stage.main, args)
         lines = (Path(args.output) / "log.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         begun = max(row["time"] for row in rows if "args" in row)       # of this time, if repeated

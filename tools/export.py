@@ -14,13 +14,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import commandline
-import runtime
-from beit import to_beit
 from model import HALF
-from runtime import InputError
-from weights import class_names, trained_weights
+from support import checkpoint, flags, launch
+from support.beit import to_beit
+from support.launch import InputError
+from support.weights import class_names, trained_weights
 
 
 def settings(state):
@@ -95,7 +93,7 @@ def export_beit(state, folder):
 
 
 def main(argv=None):
-    p = commandline.Parser("tools.export", __doc__)
+    p = flags.Parser("tools.export", __doc__)
     p.add_argument("run", help="run or checkpoint of teacher.py, pretrain.py or finetune.py")
     p.add_argument("folder", type=Path,
                    help="is made, with config.json, preprocessor_config.json and "
@@ -107,4 +105,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    runtime.launch_tool("export", main)
+    launch.launch_tool("export", main)

@@ -13,15 +13,13 @@ import random
 
 import torch
 
-import checkpoint
-import commandline
 import data
-import runtime
 from model import block_mask
 from pretrain import masked_rows
-from runtime import InputError
+from support import checkpoint, flags, launch
+from support.launch import InputError
+from support.weights import load
 from transforms import save_rows
-from weights import load
 
 
 def validation_images(args, preprocess, number, seed=0):
@@ -89,13 +87,13 @@ def distances(run, reference, views):
 
 
 def main(argv=None):
-    p = commandline.Parser("tools.figures", __doc__)
+    p = flags.Parser("tools.figures", __doc__)
     figures = p.add_subparsers(dest="figure", required=True)
     one = figures.add_parser("reconstructions", help="Figure 3")
     one.add_argument("runs", nargs="+", help="tokenizer.py runs, on the same dataset")
     two = figures.add_parser("masked", help="Figures 4 and 5")
     two.add_argument("run", help="pretrain.py run")
-    two.add_argument("--masked", type=commandline.positive, nargs="+", default=[None],
+    two.add_argument("--masked", type=flags.positive, nargs="+", default=[None],
                      help="numbers of masked patches, a picture each; default: as in pre-training")
     three = figures.add_parser("nearer", help="Figure 1")
     three.add_argument("run", help="tokenizer.py run")
@@ -115,10 +113,10 @@ def main(argv=None):
     else:
         for name, (one, other) in distances(args.run, args.reference, args.views).items():
             nearer = args.views[0] if one < other else args.views[1]
-            runtime.say(f"{name}: {one:.4g} and {other:.4g}, nearer is {nearer}")
+            launch.say(f"{name}: {one:.4g} and {other:.4g}, nearer is {nearer}")
         return
-    runtime.say(str(args.output))
+    launch.say(str(args.output))
 
 
 if __name__ == "__main__":
-    runtime.launch_tool("figures", main)
+    launch.launch_tool("figures", main)

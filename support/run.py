@@ -20,10 +20,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
-import runtime
-from checkpoint import free_space
-from runtime import InputError, rank, world_size
+from support import checkpoint, launch
+from support.checkpoint import free_space
+from support.launch import InputError, rank, world_size
 
 # Arguments that do not change the weights: a resumed run may have others.
 MAY_CHANGE_ON_RESUME = {
@@ -50,12 +49,12 @@ class Run:
     def __init__(self, args, images, optimizer, model_args, modules):
         self.args, self.optimizer = args, optimizer
         self.model_args, self.modules = model_args, modules
-        self.epoch_steps, self.steps = runtime.total_steps(args, images)
+        self.epoch_steps, self.steps = launch.total_steps(args, images)
         args.images = images                                # a data set that has grown is refused
         self.start = self.step = 0
         self.best = None                                  # best evaluation so far, higher is better
         self.signal = 0                                     # number of a signal that any rank got
-        self.caught = runtime.catch_signals()               # … that this rank got
+        self.caught = launch.catch_signals()               # … that this rank got
         self.not_finite = []                             # of this step's gradients, a bool a bucket
         self.terms = {}                                     # this step's values to log, by name
         self.sums, self.logged_steps, self.seconds = {}, 0, 0.0     # since the last line of the log
@@ -74,7 +73,7 @@ class Run:
             for path in checkpoint.files(self.folder):     # damaged ones: not to be counted as kept
                 if int(path.stem[5:]) > self.start:
                     path.rename(path.with_suffix(".damaged"))
-        append(self.folder, args=vars(args), world_size=world_size(), hardware=runtime.hardware(),
+        append(self.folder, args=vars(args), world_size=world_size(), hardware=launch.hardware(),
                torch=torch.__version__, step=self.start)
         if rank() == 0:
             self.announce()
@@ -85,15 +84,15 @@ class Run:
         classes = self.model_args.get("classes")
         labels = f"of {classes} classes" if classes else "labels not used"
         epochs = self.steps / self.epoch_steps
-        precision = runtime.precision(args, next(self.modules["model"].parameters()).device)
+        precision = launch.precision(args, next(self.modules["model"].parameters()).device)
         begins = f"goes on from step {self.start}" if self.start else "new run"
         if self.start >= self.steps:
             again = ", evaluated again" if (self.folder / "best.pt").exists() else ""
             begins = f"finished already: nothing to train{again}"
-        runtime.say(f"{args.stage}.py reads {args.data}: {args.images} images, {labels}")
-        runtime.say(f"{self.steps} steps of {args.batch_size} images, {epochs:.4g} epochs, in "
-                    f"{precision} on {runtime.hardware()}, ranks: {world_size()}")
-        runtime.say(f"--output {self.folder}: {begins}")
+        launch.say(f"{args.stage}.py reads {args.data}: {args.images} images, {labels}")
+        launch.say(f"{self.steps} steps of {args.batch_size} images, {epochs:.4g} epochs, in "
+                    f"{precision} on {launch.hardware()}, ranks: {world_size()}")
+        launch.say(f"--output {self.folder}: {begins}")
 
     # ---- Going on
 
@@ -171,7 +170,7 @@ class Run:
             if dist.is_initialized():
                 dist.barrier()                              # the file is whole before any rank ends
             if rank() == 0:
-                runtime.warn(f"stopped at step {step} of {self.steps}: the same command goes on "
+                launch.warn(f"stopped at step {step} of {self.steps}: the same command goes on "
                              f"from {checkpoint.files(self.folder)[0]}")
             sys.exit(128 + self.signal)
         self.clock = time.time()
@@ -204,7 +203,7 @@ class Run:
     def distribute(self, module):
         """DDP under torchrun, else the module itself.
 
-        Buffers are left alone: codebook.Quantizer keeps its codes the same on all ranks itself.
+        Buffers are left alone: model.Quantizer keeps its codes the same on all ranks itself.
         """
         if not dist.is_initialized():
             return module
@@ -217,7 +216,7 @@ class Run:
 
     def seed(self, step):
         """Seed what is drawn on the device: drop path, dropout, mixup."""
-        torch.manual_seed(runtime.derive_seed(self.args.seed, step, rank()))
+        torch.manual_seed(launch.derive_seed(self.args.seed, step, rank()))
 
     def accumulate(self, micro_batches, *networks):
         """The micro-batches of a step; DDP all-reduces the gradients at the last one."""
@@ -328,7 +327,7 @@ def lock(folder):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            runtime.warn(f"{folder}: not locked against a second run ({error.strerror})")
+            launch.warn(f"{folder}: not locked against a second run ({error.strerror})")
             return
         raise InputError(f"--output {folder}: a run that is still alive writes there; stop it "
                          "(ranks may outlive their torchrun) or choose another") from error
@@ -358,7 +357,7 @@ def append(folder, printed=None, /, **row):
         shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                  for key, value in (row | (printed or {})).items())
         with tqdm.external_write_mode():                    # the progress bar makes room
-            runtime.say("  ".join(shown))
+            launch.say("  ".join(shown))
 
 
 def report(args, row, **context):

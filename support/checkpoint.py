@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from runtime import InputError, warn
+from support.launch import InputError, warn
 
 # What each of our checkpoints holds, beside other modules that were trained.
 CONTENTS = dict(digest=str, stage=str, step=int, epoch=int, best=(float, int, type(None)),
@@ -172,6 +172,8 @@ def built_from(source):
         yield
     except InputError:
         raise
+    except ValueError as error:                             # model.py's: it says what does not fit
+        raise InputError(str(error)) from error
     except UNFIT as error:
         lines = str(error).splitlines() or [""]
         # load_state_dict heads a list of the names that it complains of; here the first of them

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from runtime import InputError
+from support.launch import InputError
 
 # ------------------------------------------------------------------------------------------------
 # Shapes: inside tests on arrays of points u (to the right), v (down), each about the unit disk

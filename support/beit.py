@@ -7,9 +7,9 @@ import re
 
 import torch
 
-import checkpoint
 from model import HALF
-from runtime import InputError
+from support import checkpoint
+from support.launch import InputError
 
 NAMES = [      # how our names begin, at their start or behind a block's number; transformers'
     ("cls_token", "beit.embeddings.cls_token"),

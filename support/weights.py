@@ -9,21 +9,20 @@ import torch
 import torchvision
 from torchvision.transforms import v2 as T
 
-import beit
-import checkpoint
 import transforms
-from codebook import VQTokenizer
-from commandline import amount, number, rate
 from model import (
     HALF,
     IMAGENET_MEAN,
     IMAGENET_STD,
     SIZES,
     VisionTransformer,
+    VQTokenizer,
     resize_bias_table,
     resize_positions,
 )
-from runtime import InputError, first_of_machine, rank, say
+from support import beit, checkpoint
+from support.flags import amount, number, rate
+from support.launch import InputError, as_input_error, first_of_machine, rank, say
 
 # MoCo v3's ViT-B of 300 epochs (the 100-epoch one, which PeCo uses, was never published) and its
 # ResNet-50; torchvision's supervised networks.
@@ -169,7 +168,8 @@ def transfer(source, state, arguments, **task):
     if arguments.get("positions", "shared") == "shared":
         arguments["positions"] = "block"                    # BEiT; load_backbone fills each block
     if weights is None:
-        model = VisionTransformer(**arguments)
+        with as_input_error():
+            model = VisionTransformer(**arguments)
         return model, arguments, list(model.state_dict())
     with checkpoint.built_from(source):
         model = VisionTransformer(**arguments)

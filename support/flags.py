@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from runtime import InputError, refuse_longer_warmup, say, warn
+from support.launch import InputError, refuse_longer_warmup, say, warn
 
 # No flag means more than this, and seeds alone are larger. It and whatever limits stand beside the
 # flags without a source are our choice: beyond them no machine of today runs.

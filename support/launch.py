@@ -1,6 +1,6 @@
 """What every stage needs and the paper does not speak of: start, end, ranks, precision, schedules.
 
-Knows nothing of models, data or files. A run's checkpoints and log are logbook.py's.
+Knows nothing of models, data or files. A run's checkpoints and log are run.py's.
 """
 import contextlib
 import hashlib
@@ -36,7 +36,7 @@ class InputError(ValueError):
 # ------------------------------------------------------------------------------------------------
 # Starting and ending
 
-def launch(main, args):
+def start(main, args):
     """Run a stage's main(args), under torchrun in a process group.
 
     What a user can mend ends with one line and a status of its own on every rank: 2 for bad input,
@@ -82,6 +82,15 @@ def launch_tool(name, main):
     except (InputError, OSError) as error:
         warn(f"tools.{name}: {error}")
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def as_input_error():
+    """Around what builds a network from flags: a ValueError of model.py is the user's to mend."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 @contextlib.contextmanager

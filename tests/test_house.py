@@ -1,0 +1,56 @@
+"""The house: which files there are, how long they may be, and who may import whom."""
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+STAGES = {"teacher", "tokenizer", "pretrain", "finetune", "segment", "detect"}
+MAY_IMPORT = {                                              # of the project
+    "model": set(),
+    "support.launch": set(),
+    "support.flags": {"support.launch"},
+    "support.checkpoint": {"support.launch"},
+    "support.scenes": {"support.launch"},
+}
+ALONE = """
+from model import VisionTransformer, VQTokenizer, block_mask
+tokenizer = VQTokenizer(32, channels=(16, 32), codebook_size=8, code_dim=4)
+vit = VisionTransformer(32, 8, dim=16, depth=1, heads=2)
+print(tokenizer.stride, vit.grid, int(block_mask(4, 6, 2).sum()))
+"""
+
+
+def modules():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("tools/*.py")]
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+
+
+def imports(file):
+    """The project's modules that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names & set(modules())
+
+
+@pytest.mark.parametrize("name", modules())
+def test_who_may_import_whom(name):
+    found = imports(modules()[name])
+    if name.startswith("tools."):
+        return
+    assert not {other for other in found if other.startswith("tools")}      # nothing imports tools
+    assert not found & STAGES                               # a stage is no library
+    if name in MAY_IMPORT:
+        assert found <= MAY_IMPORT[name]
+
+
+def test_model_py_may_be_copied_alone(folder):
+    (folder / "model.py").write_text((ROOT / "model.py").read_text())
+    out = subprocess.run([sys.executable, "-c", ALONE], cwd=folder, capture_output=True, text=True)
+    assert out.stdout == "2 4 6\n", out.stderr
