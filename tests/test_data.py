@@ -30,11 +30,11 @@ def as_array(sample):
 # ------------------------------------------------------------------------------------------------
 # The embedded dataset
 
-@pytest.mark.parametrize("size", [32, 96])                  # 96: too large to be kept
+@pytest.mark.parametrize("size", [32, 96])
 def test_synthetic_is_deterministic_by_seed_split_and_index(size):
     first, again = Synthetic("train", 20, size), Synthetic("train", 5, size)
     drawn = {i: as_array(again[i]) for i in (4, 0, 3)}      # in another order, of another number
-    scenes.DRAWN.clear()
+    scenes.drawn.cache_clear()
     assert all(np.array_equal(as_array(first[i]), image) for i, image in drawn.items())
     assert np.array_equal(as_array(first[3]), as_array(first[3]))
     for other in (Synthetic("val", 20, size), Synthetic("train", 20, size, seed=1)):

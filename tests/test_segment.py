@@ -29,37 +29,28 @@ def seeded(seed=0):
 # ------------------------------------------------------------------------------------------------
 # Data
 
-@pytest.fixture
-def constant_colours():
-    """Scenes of which each texture is one colour of its own, without noise, and those colours.
-
-    So the image tells what lies where.
-    """
-    colours = []
-
-    class Plain(scenes.Scenes):
-        @staticmethod
-        def texture(rng, u, v, darkest, lightest):
-            scenes.Synthetic.texture(rng, u, v, darkest, lightest)      # the same draws as without
-            colours.append(np.array([0.618, 0.414, 0.732]) * (len(colours) + 1) % 1)
-            return np.broadcast_to(colours[-1], (*u.shape, 3)).astype(np.float32)
-
-        @staticmethod
-        def pixels(rng, image):
-            return (scenes.halve(image) * 255).round().astype(np.uint8)
-
-    return Plain, colours
+class WithoutNoise(np.random.Generator):
+    def standard_normal(self, shape, dtype):
+        return np.zeros(shape, dtype)
 
 
-def test_masks_of_drawn_scenes_are_exact(constant_colours):
+def test_masks_of_drawn_scenes_are_exact(monkeypatch):
     """All pixels within a texture have its class; those on an edge the most frequent one's."""
-    plain, colours = constant_colours
+    colours = []                                            # of each texture one, of its own
+    texture = scenes.texture
+
+    def plain(rng, u, v, darkest, lightest):
+        texture(rng, u, v, darkest, lightest)               # the same draws as without
+        colours.append(np.array([0.618, 0.414, 0.732]) * (len(colours) + 1) % 1)
+        return np.broadcast_to(colours[-1], (*u.shape, 3)).astype(np.float32)
+
+    monkeypatch.setattr(scenes, "texture", plain)
     for index in range(8):
         colours.clear()
-        dataset = plain("train", 100, 32, target="instances")
-        image, target = dataset[index]
-        owners = dataset.scene(index)[1]
-        number = len(dataset.scene(index)[2])
+        one = scenes.scene(WithoutNoise(np.random.PCG64(index)), 32)
+        monkeypatch.setattr(scenes, "drawn", lambda *_, one=one: one)
+        image, target = scenes.Scenes("train", 100, 32, target="instances")[index]
+        owners, number = one[1], len(one[2])
         pixels = np.asarray(image)[..., None, :] / 255
         distance = np.abs(pixels - colours).max(-1)                     # (H, W, colours)
         whole = distance.min(-1) < 1 / 255
@@ -93,9 +84,9 @@ def test_the_two_targets_of_a_scene_agree():
             assert (expected[mask.bool()] == 1).all()       # no pixel has two owners
             expected[mask.bool()] = label + 1
         assert torch.equal(classes, expected)
-        hidden += len(target["labels"]) < len(objects.scene(index)[2])
+        hidden += len(target["labels"]) < len(scenes.drawn(0, "train", index, 32, None)[2])
     first = masks[3][0].tobytes()
-    scenes.DRAWN.clear()
+    scenes.drawn.cache_clear()
     again = scenes.Scenes("train", 50, 32, target="masks")
     assert first == again[3][0].tobytes() != masks[4][0].tobytes()
     val = segment.load_dataset("synthetic:50", "val", 32, 0)
