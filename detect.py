@@ -132,16 +132,31 @@ class Coco(Dataset):
             self.samples = []                               # (file, id) of each image
             for i in self.ids:
                 self.samples.append((Path(folder, self.coco.imgs[i]["file_name"]), i))
-            for annotation in self.coco.anns.values():
-                self.category_ids.index(annotation["category_id"])
-                for key in ("bbox", "area", "segmentation"):
-                    annotation[key]                         # KeyError: it lacks one
-                if not annotation["segmentation"]:
-                    raise ValueError(f"annotation {annotation['id']}'s segmentation is empty")
         except (KeyError, TypeError, ValueError, AssertionError) as error:
-            raise InputError(
-                f"{file}: not COCO's format of instances ({type(error).__name__}: {error}); an "
-                "annotation has a known category_id, bbox, area and segmentation") from error
+            raise InputError(f"{file}: not COCO's format of instances "
+                             f"({type(error).__name__}: {error})") from error
+        self.coco.dataset.setdefault("info", {})            # pycocotools 2.0.10 asks for it
+        for annotation in self.coco.anns.values():
+            self.check(file, annotation)
+
+    def check(self, file, annotation):
+        """Refuse an annotation that training or evaluation would fail on, by its id.
+
+        Polygons of fewer than three points enclose nothing: they are left out.
+        """
+        outline = annotation.get("segmentation")
+        if isinstance(outline, list):
+            outline = [polygon for polygon in outline if len(polygon) >= 6]
+            annotation["segmentation"] = outline
+        box, area = annotation.get("bbox"), annotation.get("area")
+        wrong = [name for name, fits in (
+            ("category_id", annotation.get("category_id") in self.coco.cats),
+            ("bbox", isinstance(box, list) and len(box) == 4 and None not in box),
+            ("area", isinstance(area, (int, float))),
+            ("segmentation", bool(outline))) if not fits]
+        if wrong:
+            raise InputError(f"{file}: annotation {annotation['id']}: its {' and '.join(wrong)} "
+                             "is missing or of no use: mend it or take it out")
 
     def __len__(self):
         return len(self.samples)
@@ -297,6 +312,7 @@ def ground_truth(dataset):
     names = zip(dataset.category_ids, dataset.classes, strict=True)
     coco = COCO()
     coco.dataset = dict(
+        info={},                                            # pycocotools 2.0.10 asks for it
         images=[dict(id=i, height=dataset.size, width=dataset.size) for i in dataset.ids],
         annotations=annotations,
         categories=[dict(id=i, name=name) for i, name in names])

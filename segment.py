@@ -66,6 +66,7 @@ RECIPES = {
         save_every=10,
     ),
 }
+UNLABELLED = 255                # in an annotation, as 0 [mmsegmentation], of under 255 classes
 PICTURES = 8                    # validation images drawn at each evaluation; our choice
 
 
@@ -128,6 +129,8 @@ class Ade20k(Dataset):
                 f"{annotation}: not a readable image ({error}); restore or remove it") from error
         if labels.dtype == np.uint16:
             labels = labels.astype(np.int32)                # which PyTorch can compare
+        if len(self.classes) < UNLABELLED:
+            labels[labels == UNLABELLED] = 0
         size = image.size[::-1]
         if labels.shape != size:
             raise InputError(f"{annotation}: its shape is {labels.shape}, the image's {size}")
@@ -135,6 +138,24 @@ class Ade20k(Dataset):
             raise InputError(
                 f"{annotation}: has class {labels.max()}; --classes is {len(self.classes)}")
         return image, tv_tensors.Mask(labels)
+
+
+def check_classes(args, split, dataset, number=100):
+    """Say which classes occur, in up to `number` images (our choice): a wrong convention shows."""
+    found = set()
+    for index in range(0, len(dataset), max(1, len(dataset) // number)):
+        found.update(dataset[index][1].unique().tolist())
+    found = sorted(found - {0})
+    if not found:
+        raise InputError(f"--data {args.data}: every pixel of its {split} annotations is 0, which "
+                         "is ignored: classes count from 1")
+    if launch.rank() == 0:
+        launch.say(f"{split}: {len(found)} of {len(dataset.classes)} classes occur, "
+                   f"{found[0]} to {found[-1]}")
+        if len(found) == 1:
+            launch.warn(f"--data {args.data}: one class alone occurs in {split}, there is nothing "
+                        "to learn: classes count from 1 and 0 is ignored, so masks of 0 and 1 "
+                        "must be written as 1 and 2")
 
 
 class VariedCrop(T.RandomCrop):
@@ -419,9 +440,7 @@ def main(args):
     dataset = load_dataset(args.data, "train", args.image_size, args.classes)
     transform = train_transform(args.image_size)
     for split, one in (("training", dataset), ("validation", val)):
-        if not any(one[index][1].any() for index in range(len(one))):
-            raise InputError(f"--data {args.data}: every pixel of its {split} annotations is 0, "
-                             "which is ignored: classes count from 1")
+        check_classes(args, split, one)
 
     # The run: a new one, or from where it stopped
     run = Run(args, len(dataset), optimizer, model_args, modules=dict(model=model))

@@ -72,6 +72,18 @@ def annotations_of(number):
     return found
 
 
+def test_a_polygon_of_two_points_is_left_out(folder):
+    file = make_coco(folder / "coco") / "annotations" / "instances_train2017.json"
+    contents = json.loads(file.read_text())
+    outline = contents["annotations"][2]["segmentation"]
+    contents["annotations"][2]["segmentation"] = [*outline, [1, 2, 3, 4]]
+    contents.pop("info", None)                              # pycocotools 2.0.10 asks for it
+    file.write_text(json.dumps(contents))
+    coco = detect.load_dataset("coco", "train", 64).coco
+    assert coco.anns[contents["annotations"][2]["id"]]["segmentation"] == outline
+    assert "info" in coco.dataset
+
+
 def annotation(category, box, **more):
     x, y, w, h = box
     polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
@@ -142,16 +154,20 @@ def test_bad_coco_files(folder, capsys):
     def without_area(annotation):
         del annotation["area"]
 
-    def with_an_empty_segmentation(annotation):
-        annotation["segmentation"] = []
+    def with_polygons_of_two_points(annotation):
+        annotation["segmentation"] = [[1, 2], [1, 2, 3, 4]]
 
-    for damage in (without_segmentation, with_an_empty_segmentation, of_an_unknown_category,
-                   without_area):
+    def without_a_box(annotation):
+        annotation["bbox"] = None
+
+    for damage in (without_segmentation, with_polygons_of_two_points, of_an_unknown_category,
+                   without_area, without_a_box):
         changed = json.loads(whole)
         damage(changed["annotations"][2])
+        number = changed["annotations"][2]["id"]
         file.write_text(json.dumps(changed))
-        assert fails(capsys, "detect", *flags).startswith(
-            "detect.py: coco/annotations/instances_train2017.json: not COCO's format")
+        message = fails(capsys, "detect", *flags)
+        assert f"instances_train2017.json: annotation {number}: " in message
     file.write_text("{")
     assert "instances_train2017.json: not COCO's format" in fails(capsys, "detect", *flags)
     file.unlink()

@@ -148,6 +148,27 @@ def test_annotations_of_16_bits(folder):
     assert segment.confusion_matrix(predicted, labels, 300).trace() == (labels > 0).sum()
 
 
+def test_255_is_not_labelled(folder):
+    make_ade(folder / "ade")
+    for path in Path("ade/annotations/training").iterdir():
+        labels = np.array(Image.open(path))
+        Image.fromarray(np.where(labels == 2, 255, labels).astype(np.uint8)).save(path)
+    _, labels = segment.load_dataset("ade", "train", 32, 2)[0]
+    assert labels.unique().tolist() == [0, 1]
+
+
+def test_one_class_alone_is_warned_of(folder, capsys):
+    """As masks of 0 and 1 have it, where 0 is meant as a class."""
+    make_ade(folder / "ade")
+    for path in Path("ade/annotations").rglob("*.png"):
+        Image.fromarray((np.array(Image.open(path)) == 1).astype(np.uint8)).save(path)
+    args = segment.get_args(["--data", "ade"])
+    segment.check_classes(args, "training", segment.load_dataset("ade", "train", 32, 2))
+    said = capsys.readouterr()
+    assert "1 of 2 classes" in said.out
+    assert "--data ade" in said.err
+
+
 def test_bad_ade20k_files(folder, capsys):
     root = make_ade(folder / "ade")
     flags = ["--data", "ade", "--init", "none", "--batch-size", "2"]
