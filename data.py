@@ -1,31 +1,39 @@
-"""What goes in: datasets, samplers, loaders. Knows nothing of models.
+"""What goes in: datasets, the stages' transforms, samples, loaders. Knows nothing of models.
 
 Every image comes out as float32 (3, H, W) with pixels in [-1, 1]. All randomness of a sample, its
 augmentation and its mask, is seeded by (seed, epoch, index): it depends neither on the number of
 workers or ranks, nor on where a run was stopped and resumed.
 """
+import contextlib
 import os
 import random
 import signal
+from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as T
+from torchvision.utils import make_grid, save_image
 
-import folders
-from augment import to_bytes
 from support import launch
-from support.flags import count, number
+from support.flags import number
 from support.launch import InputError, derive_seed, rank, world_size
 from support.scenes import Synthetic, synthetic_number
-from transforms import Joint, to_rgb
 
 LAYOUT = "synthetic[:IMAGES], cifar10, cifar100, or a folder with train/ and val/, a folder a class"
 ANY_LAYOUT = ("synthetic[:IMAGES], cifar10, cifar100, or a folder of images, flat or nested; those "
               "in its val/, or every 20th if it has no val/, are for evaluation, not for training")
 CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+HELD_OUT = 20                   # every 20th image is evaluated where there is no val/; our choice
+BICUBIC = InterpolationMode.BICUBIC                         # BEiT's
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)   # what PIL raises
+GREY = (0.2989, 0.587, 0.114)                               # ITU-R 601, as in torchvision
 
 
 def add_arguments(p, layout=LAYOUT, augment=True):
@@ -35,15 +43,9 @@ def add_arguments(p, layout=LAYOUT, augment=True):
     group.add_argument("--image-size", type=number(int, at_least=1, at_most=8192),
                        help="side of the images, pixels")
     if augment:
-        group.add_argument("--augment", choices=["image", "batch"],
-                           help="image: each image in a loader's worker, by torchvision; "
-                                "batch: whole batches on the GPU, a worker only decodes and crops")
         group.add_argument("--crop-min", type=number(float, above=0, at_most=1),
                            help="smallest random crop, share of the image's area")
     add_workers(group)
-    group.add_argument("--skip-bad-images", type=count, default=0,
-                       help="training images that cannot be read and are replaced by others, on "
-                            "each rank; one more ends the run")
 
 
 def add_workers(p):
@@ -56,26 +58,46 @@ def add_workers(p):
 # Datasets by name
 
 def load_dataset(name, split, image_size, root="data"):
-    """The dataset of --data: yields (PIL image, class) and has .classes and .targets.
+    """The dataset of --data: yields (RGB image, class) and has .classes and .targets.
 
     split: "train" or "val". image_size: of drawn scenes, pixels. root: the folder of CIFAR.
-    Raises InputError where it is not there.
     """
     if name.partition(":")[0] == "synthetic":
         return Synthetic(split, synthetic_number(name, split), image_size)
     if name in CIFAR:
         return cifar(name, split, root)
-    return folders.labelled(name, split)
+    dataset = Labelled(subfolder(name, split, remedy="labels are the folders of DIR/train/CLASS/"))
+    if Path(name, "train").is_dir():                        # an evaluation needs none
+        differing = set(dataset.classes) ^ set(dataset.find_classes(Path(name, "train"))[0])
+        if differing:
+            raise InputError(f"--data {name}: train/ and val/ have different classes: only one of "
+                             f"them has {min(differing)}")
+    return dataset
 
 
 def load_images(name, split, image_size):
-    """The same for what needs no labels: of a folder all images, with or without class folders.
+    """The same for what needs no labels: all images of a folder, with or without class folders.
 
-    Where it has no val/, every 20th image is "val" and the others are "train".
+    "train" are those of its train/, or else of the folder itself; "val" those of its val/. Where it
+    has no val/, every 20th image is "val", and not "train".
     """
     if name.partition(":")[0] == "synthetic" or name in CIFAR:
         return load_dataset(name, split, image_size)
-    return folders.unlabelled(name, split)
+    folder = subfolder(name, remedy="pass a folder of images")
+    val = folder / "val"
+    if split == "val" and val.is_dir():
+        paths = image_files(val)
+    elif (folder / "train").is_dir():
+        paths = image_files(folder / "train", leave_out=val)
+    else:
+        refuse_deeper_splits(folder)
+        paths = image_files(folder, leave_out=val)
+    if not val.is_dir():
+        held_out = paths[::HELD_OUT]
+        paths = held_out if split == "val" else sorted(set(paths).difference(held_out))
+    if not paths:
+        raise InputError(f"--data {name}: no images for {split} in it ({' '.join(IMG_EXTENSIONS)})")
+    return Unlabelled(paths)
 
 
 def cifar(name, split, root):
@@ -100,89 +122,243 @@ def label_subset(targets, fraction, seed):
 
 
 # ------------------------------------------------------------------------------------------------
+# Images in folders. Hidden files and folders, such as macOS's ._x.jpg, do not count.
+
+class Labelled(ImageFolder):
+    """torchvision's ImageFolder: a folder for each class."""
+
+    def __init__(self, folder):
+        def is_valid(path):
+            return is_image(path) and f"{os.sep}." not in path[len(str(folder)):]
+
+        try:
+            super().__init__(folder, loader=decode, is_valid_file=is_valid)
+        except FileNotFoundError as error:                  # a class without images
+            raise InputError(f"--data {folder}: {error}") from error
+
+    def find_classes(self, folder):
+        names = sorted(path.name for path in Path(folder).glob("[!.]*") if path.is_dir())
+        if not names:
+            raise InputError(
+                f"--data {folder}: no class folders in it; labels are the names of folders, and "
+                "ImageNet's val/ must be sorted into such folders (docs/faq.md says how)")
+        return names, {name: label for label, name in enumerate(names)}
+
+
+class Unlabelled(Dataset):
+    """Image files: (RGB image, 0)."""
+    classes = ["unlabelled"]
+
+    def __init__(self, paths):
+        self.samples = [(path, 0) for path in paths]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        path, label = self.samples[index]
+        return decode(path), label
+
+
+def is_image(path):
+    name = os.path.basename(path)
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+
+
+def image_files(folder, leave_out=None):
+    """Sorted paths of the images at any depth. Links are followed, but no folder is entered twice.
+
+    leave_out: a folder whose images do not count.
+    """
+    entered = {os.path.realpath(leave_out)} if leave_out else set()
+    found = []
+    for parent, names, files in os.walk(folder, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in entered:
+            names.clear()                                   # os.walk enters what is left
+        else:
+            entered.add(place)
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            found += [os.path.join(parent, name) for name in files if is_image(name)]
+    return sorted(found)
+
+
+def subfolder(root, *parts, remedy="see the README for the layout"):
+    """The folder root/parts of --data."""
+    folder = Path(root, *parts)
+    if not folder.is_dir():
+        if not Path(root).is_dir():
+            raise InputError(f"--data {root}: no such folder; {remedy}")
+        refuse_deeper_splits(root)
+        raise InputError(f"--data {root}: it has no {'/'.join(parts)}/ folder; {remedy}")
+    return folder
+
+
+def refuse_deeper_splits(root):
+    """Refuse a folder around the dataset's own, such as that of Kaggle's ILSVRC/Data/CLS-LOC."""
+    for parent, names, _ in os.walk(root):
+        if {"train", "val"} <= set(names) and Path(parent) != Path(root):
+            raise InputError(f"--data {root}: train/ and val/ lie deeper: take --data {parent}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Images
+
+def decode(file):
+    """The upright RGB image of a file. Raises OSError, SyntaxError, ValueError where it is bad."""
+    return to_rgb(Image.open(file))
+
+
+def to_rgb(image):
+    """PIL image → upright and RGB; 16 bits become 8, and 32 are refused: their range is unknown."""
+    image.load()
+    if image.mode == "F" or (image.mode, image.format) == ("I", "TIFF"):
+        raise ValueError("32-bit pixels: convert it to 8 bits")
+    with contextlib.suppress(Exception):                    # damaged EXIF; the pixels are sound
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):                          # 16 bits; PIL would clip them at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_image(image):
+    """The upright RGB image of a path or a PIL image."""
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if not isinstance(image, (str, Path)):
+        raise InputError(f"an image is a path or a PIL image, not {type(image).__name__}")
+    try:
+        return decode(image)
+    except UNREADABLE as error:
+        raise InputError(f"{image}: not a readable image ({error})") from error
+
+
+def to_pixels(image, *target):
+    """Where pixels get their range: PIL image or uint8 tensor → float32, [0, 255] → [-1, 1]."""
+    if isinstance(image, Image.Image):
+        image = T.functional.pil_to_tensor(image)
+    pixels = image.float() / 127.5 - 1
+    return (pixels, *target) if target else pixels
+
+
+def save_rows(rows, file):
+    """The way back: rows of images (B, 3, H, W) under one another, as a PNG. InputError: full."""
+    picture = make_grid(torch.cat(rows).float().clamp(-1, 1), len(rows[0]), pad_value=1.0)
+    try:
+        save_image(picture, file, format="png", normalize=True, value_range=(-1, 1))
+    except OSError as error:
+        raise InputError(f"{file}: not written ({error})") from error
+
+
+# ------------------------------------------------------------------------------------------------
+# The transforms of each stage, of one image, in a loader's worker. Where a transform ends in uint8,
+# TrainLoader makes floats of it on the device: a quarter of the bytes to hand over.
+
+def crop_and_flip(size, crop_min=0.08):
+    """Of tokenizer.py (our choice, the paper is silent) and pretrain.py [BEiT], which adds jitter.
+
+    On tensors: torchvision's bicubic of uint8 tensors is faster than PIL's.
+    """
+    return T.Compose([
+        T.PILToTensor(),
+        T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC),
+        T.RandomHorizontalFlip(),
+    ])
+
+
+def color_jitter(images, factors):
+    """BEiT's colour jitter of a whole batch, each image by its own factors, as in torchvision.
+
+    images: (B, 3, H, W) in [-1, 1]. factors: (B, 3), of brightness, contrast and saturation, in
+    this order (torchvision draws the order). BEiT jitters first. After crop and flip it comes to
+    the same, but for contrast's pivot: it is the mean of the crop, not that of the image.
+    """
+    def grey(x):
+        return (x * x.new_tensor(GREY).view(3, 1, 1)).sum(1, keepdim=True)      # (B, 1, H, W)
+
+    brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)    # (B, 1, 1, 1)
+    x = (brightness * (images + 1) / 2).clamp(0, 1)
+    x = torch.lerp(grey(x).mean((2, 3), keepdim=True), x, contrast).clamp(0, 1)
+    x = torch.lerp(grey(x), x, saturation).clamp(0, 1)
+    return 2 * x - 1
+
+
+def teacher(size, crop_min=0.08):
+    """MoCo v3's two views: BYOL's (its appendix B), with a crop of at least 8 %, bilinear.
+
+    Returns two transforms. The blur's kernel is a tenth of the image, as there; below 64 px there
+    is no blur (our choice).
+    """
+    kernel = int(0.1 * size) // 2 * 2 + 1                   # odd
+
+    def view(blur, solarize):
+        steps = [
+            T.RandomResizedCrop(size, (crop_min, 1)),
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            T.RandomGrayscale(0.2),
+        ]
+        if size >= 64:
+            steps.append(T.RandomApply([T.GaussianBlur(kernel, (0.1, 2.0))], p=blur))
+        steps.append(T.RandomSolarize(128, p=solarize))
+        steps.append(T.RandomHorizontalFlip())
+        return T.Compose([*steps, T.PILToTensor()])
+
+    return view(blur=1.0, solarize=0.0), view(blur=0.1, solarize=0.2)
+
+
+def finetune(size, crop_min=0.08, magnitude=27, erasing=0.25):
+    """BEiT's: random resized crop, flip, RandAugment, random erasing by noise.
+
+    Its RandAugment is timm's: two operations, each with probability ½, at magnitude 9 of 10. Here
+    they are torchvision's, at `magnitude` of 30, without timm's noise of 0.5 on the magnitude.
+    """
+    steps = [
+        T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC),
+        T.RandomHorizontalFlip(),
+    ]
+    if magnitude:
+        operation = T.RandAugment(1, magnitude, interpolation=BICUBIC, fill=[128] * 3)
+        steps += [T.RandomApply([operation]), T.RandomApply([operation])]
+    steps.append(to_pixels)
+    if erasing:
+        steps.append(T.RandomErasing(erasing, value="random"))
+    return T.Compose(steps)
+
+
+def evaluation(size, crop=0.875):
+    """The shorter side to size / crop, then the centre; crop = 1 if images come at their size."""
+    return T.Compose([T.Resize(round(size / crop), BICUBIC), T.CenterCrop(size), to_pixels])
+
+
+# ------------------------------------------------------------------------------------------------
 # Samples
 
-class ImageInputError(InputError):
-    """An image that cannot be read. The name ends in InputError's, which looks for that."""
-
-
-def name_of(dataset, index):
-    return dataset.samples[index][0] if hasattr(dataset, "samples") else f"image {index}"
-
-
 def read(dataset, index):
-    """(RGB image, label) of a dataset. Raises ImageInputError, which names the file."""
+    """(RGB image, target) of a dataset. Where an image is bad, the InputError names its file."""
     try:
-        image, label = dataset[index]
-        return to_rgb(image), label
+        return dataset[index]
     except InputError:                                      # the dataset has named the culprit
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageInputError(f"{name_of(dataset, index)}: not a readable image ({error}); "
-                              "restore or remove it") from error
+    except UNREADABLE as error:
+        name = dataset.samples[index][0] if hasattr(dataset, "samples") else f"image {index}"
+        raise InputError(f"{name}: not a readable image ({error}); restore or delete it") from error
 
 
 class Samples(Dataset):
-    """A dataset under a transform, indexed by (epoch, index) → (transformed image, label).
+    """A dataset under a transform, indexed by (epoch, index) → (transformed image, target)."""
 
-    skip: how many unreadable images may be replaced, each by one of `indices`, drawn by (seed,
-    epoch, index).
-    """
-
-    def __init__(self, dataset, transform, seed, indices=(), skip=0):
+    def __init__(self, dataset, transform, seed):
         self.dataset, self.transform, self.seed = dataset, transform, seed
-        self.indices, self.skip = indices, skip
-        self.held = {}                                      # decoded images: hold_small_images
-        bad = torch.zeros(len(dataset) if skip else 0, dtype=torch.bool)
-        self.bad = bad.share_memory_()                      # unreadable images, of all workers
 
     def __getitem__(self, key):
         epoch, index = key
-        image, label = self.held.get(index) or self.read(epoch, index)
+        image, target = read(self.dataset, index)
         seed = derive_seed(self.seed, epoch, index)
         random.seed(seed)                                   # block masks
         torch.default_generator.manual_seed(seed)           # transforms; CUDA's is left alone
-        if isinstance(self.transform, Joint):
-            return self.transform(image, label)
-        return self.transform(image), label
-
-    def read(self, epoch, index):
-        """(RGB image, label), of other images in place of up to `skip` unreadable ones."""
-        if not self.skip:
-            return read(self.dataset, index)
-        draw = np.random.default_rng(derive_seed(self.seed, epoch, index, -1))
-        while True:
-            try:
-                return read(self.dataset, index)
-            except ImageInputError as error:
-                self.count(index, error)
-            index = self.indices[draw.integers(len(self.indices))]
-
-    def count(self, index, error):
-        """Note an unreadable image. Raises InputError where there are too many."""
-        if not self.bad[index]:
-            self.bad[index] = True
-            number = int(self.bad.sum())
-            launch.warn(f"{error}; skipped, {number} of at most {self.skip}")
-        if self.bad.sum() > min(self.skip, len(self.indices) - 1):
-            raise InputError(f"{error}: more than --skip-bad-images {self.skip}") from error
-
-
-def hold_small_images(samples, args):
-    """Decode all images now and keep them, where a worker would do little but decode.
-
-    That is with --augment batch, images that come at their size, and all of them in under 1 GiB.
-    """
-    by_batch = getattr(args, "augment", "image") == "batch"             # dense stages have no flag
-    small = len(samples.indices) * 3 * args.image_size ** 2 < 2 ** 30   # 3 bytes a pixel
-    if by_batch and small:
-        size = (args.image_size, args.image_size)
-        image, _ = samples.read(0, samples.indices[0])
-        if image.size == size:
-            for index in samples.indices:                   # forked workers share them
-                image, label = samples.read(0, index)
-                if image.size == size:
-                    samples.held[index] = to_bytes(image), label
+        if isinstance(target, int):                         # a class stays as it is
+            return self.transform(image), target
+        return self.transform(image, target)                # masks and boxes move with the image
 
 
 # ------------------------------------------------------------------------------------------------
@@ -224,25 +400,23 @@ class GlobalBatches(Sampler):
 class TrainLoader:
     """Of each step from `start` to `stop` the list of its micro-batches, on the device.
 
-    There are args.accumulate of them, each (what the transform makes, labels). Workers live through
-    all epochs. indices: of the images to train on; None: all.
+    There are args.accumulate of them, each (what the transform makes, with floats for uint8,
+    labels). Workers live through all epochs. indices: of the images to train on; None: all.
     """
 
     def __init__(self, dataset, transform, args, start, stop, device, indices=None, collate=None):
         if indices is None:
             indices = range(len(dataset))
-        self.transform, self.device, self.accumulate = transform, device, args.accumulate
+        self.device, self.accumulate = device, args.accumulate
         self.batches = GlobalBatches(
             indices, args.batch_size, launch.micro_batch(args), start, stop, args.seed)
-        samples = Samples(dataset, transform, args.seed, indices, args.skip_bad_images)
-        if start < stop:
-            hold_small_images(samples, args)
+        samples = Samples(dataset, transform, args.seed)
         self.loader = make_loader(samples, self.batches, args.workers, collate)
 
     def __iter__(self):
         step = []
         for inputs, labels in self.loader:
-            inputs = self.transform.finish(to_device(inputs, self.device))
+            inputs = to_float(to_device(inputs, self.device))
             step.append((inputs, to_device(labels, self.device)))
             if len(step) == self.accumulate:
                 yield step
@@ -288,3 +462,10 @@ def to_device(batch, device):
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     return [to_device(part, device) for part in batch]
+
+
+def to_float(inputs):
+    """uint8 images → [-1, 1]; what is not uint8 stays."""
+    if isinstance(inputs, list):
+        return [to_float(part) for part in inputs]
+    return to_pixels(inputs) if inputs.dtype == torch.uint8 else inputs

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.models.detection import MaskRCNN
@@ -27,8 +26,6 @@ from torchvision.transforms import v2 as T
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 
 import data
-import folders
-import transforms
 from model import VisionTransformer, ViTPyramid, param_groups
 from support import checkpoint, flags, launch, weights
 from support import run as logbook
@@ -111,7 +108,7 @@ def load_dataset(name, split, image_size):
     """
     if name.partition(":")[0] == "synthetic":
         return Scenes(split, synthetic_number(name, split), image_size, target="instances")
-    folder = folders.subfolder(name, f"{split}2017")
+    folder = data.subfolder(name, f"{split}2017")
     file = Path(name, "annotations", f"instances_{split}2017.json")
     if not file.exists():
         raise InputError(
@@ -170,7 +167,7 @@ class Coco(Dataset):
         return [index for index in range(len(self)) if self.objects(index)]
 
     def __getitem__(self, index):
-        image = Image.open(self.samples[index][0])
+        image = data.decode(self.samples[index][0])
         objects = self.objects(index)
         boxes = torch.tensor([a["bbox"] for a in objects]).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]        # left, top, width, height → left, top, right, bottom
@@ -192,10 +189,10 @@ def transform(train):
 
     Resizing is a part of the network, as torchvision has it.
     """
-    steps = [T.ClampBoundingBoxes(), T.SanitizeBoundingBoxes(), T.ToPureTensor()]
+    steps = [T.ClampBoundingBoxes(), T.SanitizeBoundingBoxes(), T.ToPureTensor(), data.to_pixels]
     if train:
         steps.insert(0, T.RandomHorizontalFlip())
-    return transforms.Joint(steps)
+    return T.Compose(steps)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2 as T
 
 import data
-import transforms
 from model import param_groups
 from support import flags, launch, weights
 from support import run as logbook
@@ -24,7 +23,6 @@ from support.run import Run
 PAPER = dict(
     data="data/imagenet",       # ImageNet-1K [PeCo]
     init="runs/paper/pretrain",
-    augment="image",            # our choice: "batch" has no RandAugment and no erasing
     image_size=224,             # [PeCo]; 448 for ViT-H's best
     crop_min=0.08,              # [BEiT]
     eval_crop=0.875,            # [BEiT]
@@ -79,7 +77,6 @@ RECIPES = {
     "cifar-cpu": PAPER | dict(  # our choice
         data="cifar10",
         init="runs/cifar-cpu/pretrain",
-        augment="batch",
         image_size=32,
         crop_min=0.5,
         eval_crop=1.0,
@@ -157,7 +154,7 @@ def build(args, classes, state):
 # Evaluation
 
 def val_loader(args, dataset, indices=None):
-    transform = transforms.evaluation(args.image_size, args.eval_crop)
+    transform = data.evaluation(args.image_size, args.eval_crop)
     return data.eval_loader(dataset, transform, launch.micro_batch(args), args.workers, indices)
 
 
@@ -303,8 +300,7 @@ def main(args):
 
     # The run: a new one, or from where it stopped
     run = Run(args, len(indices), optimizer, model_args, modules)
-    transform = transforms.finetune(
-        args.image_size, args.crop_min, args.randaugment, args.erasing, args.augment)
+    transform = data.finetune(args.image_size, args.crop_min, args.randaugment, args.erasing)
     loader = data.TrainLoader(dataset, transform, args, run.start, run.steps, device, indices)
     mix = mixer(args, classes)
     if args.compile:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import transforms
 from model import SIZES, MaskedAutoencoder, VisionTransformer, block_mask, param_groups, random_mask
 from support import checkpoint, flags, launch
 from support.flags import amount, number, positive, rate, share
@@ -21,7 +20,6 @@ from support.weights import restore
 PAPER = dict(
     data="data/imagenet",       # ImageNet-1K [PeCo]
     tokenizer="runs/paper/tokenizer",
-    augment="batch",            # our choice: faster, a little different (PAPER.md, 5)
     image_size=224,             # [PeCo]
     crop_min=0.08,              # [BEiT]
     jitter=0.4,                 # [BEiT]
@@ -128,25 +126,22 @@ def get_args(argv=None):
 
 
 class AugmentAndMask:
-    """In a worker: PIL image → (what the transform gives, mask (h, w)), by the sample's own seed.
+    """In a worker, by the sample's own seed: PIL image → (image, mask (h, w), factors (3,)).
 
-    finish, on the device: a batch of both → images (B, 3, H, W) in [-1, 1], masks (B, h, w).
-    count: of masked patches; min_block: of BEiT's block-wise masks; 0: MAE's random masks.
+    count: of masked patches; min_block: of BEiT's block-wise masks; 0: MAE's random masks. The
+    factors of the colour jitter are uniform in [1 − jitter, 1 + jitter], as torchvision draws them.
     """
 
-    def __init__(self, transform, grid, count, min_block):
-        self.transform = transform
+    def __init__(self, transform, grid, count, min_block, jitter=0.0):
+        self.transform, self.jitter = transform, jitter
         self.grid, self.count, self.min_block = grid, count, min_block
 
     def __call__(self, image):
         image = self.transform(image)
+        factors = torch.empty(3).uniform_(1 - self.jitter, 1 + self.jitter)
         if self.min_block:
-            return image, block_mask(self.grid, self.count, self.min_block)
-        return image, random_mask(self.grid, self.count)
-
-    def finish(self, batch):
-        images, masks = batch
-        return self.transform.finish(images), masks
+            return image, block_mask(self.grid, self.count, self.min_block), factors
+        return image, random_mask(self.grid, self.count), factors
 
 
 def load_tokenizer(args):
@@ -212,7 +207,7 @@ def evaluate(args, model, tokenizer, dataset, transform, device):
     loader = data.eval_loader(dataset, transform, launch.micro_batch(args), args.workers,
                               indices=shuffled[:5000].tolist())
     for i, (batch, _) in enumerate(loader):
-        images, mask = data.to_device(batch, device)
+        images, mask, _ = data.to_device(batch, device)             # no jitter here
         with launch.autocast(args, device):
             target = tokenizer.encode(images, mask.shape[1])[mask]              # (M,)
             logits = model(images, mask)                                        # (M, K)
@@ -221,7 +216,7 @@ def evaluate(args, model, tokenizer, dataset, transform, device):
             patches += len(target)
             if i == 0 and launch.rank() == 0:
                 rows = masked_rows(model, tokenizer, images[:8], mask[:8])
-                transforms.save_rows(rows, Path(args.output, "masked.png"))
+                data.save_rows(rows, Path(args.output, "masked.png"))
     if dist.is_initialized():
         for total in (losses, hits, patches):
             dist.all_reduce(total)
@@ -261,14 +256,14 @@ def main(args):
     grid = args.image_size // args.patch_size
     dataset = data.load_images(args.data, "train", args.image_size)
     val = data.load_images(args.data, "val", args.image_size)
-    augment = transforms.pretrain(args.image_size, args.crop_min, args.jitter, args.augment)
+    augment = data.crop_and_flip(args.image_size, args.crop_min)
     masked = round(args.mask_ratio * grid * grid)
     if not 0 < masked < grid * grid:
         raise launch.InputError(f"--mask-ratio {args.mask_ratio}: it masks {masked} of the "
                                  f"{grid * grid} patches; at least one of each kind is needed")
     masks = (grid, masked, 0 if args.mae else args.mask_block)
-    transform = AugmentAndMask(augment, *masks)
-    evaluation = transforms.evaluation(args.image_size, args.eval_crop)     # as the tokenizer's
+    transform = AugmentAndMask(augment, *masks, args.jitter)
+    evaluation = data.evaluation(args.image_size, args.eval_crop)     # as the tokenizer's
     val_transform = AugmentAndMask(evaluation, *masks)
 
     # The run: a new one, or from where it stopped
@@ -294,7 +289,9 @@ def main(args):
         launch.set_lr(optimizer, lr)
         batch = next(batches)
         run.seed(step)                                      # drop path
-        for (images, mask), _ in run.accumulate(batch, network):
+        for (images, mask, factors), _ in run.accumulate(batch, network):
+            if args.jitter:                                 # on the device, each image its own
+                images = data.color_jitter(images, factors)
             with autocast:
                 with torch.no_grad():
                     target = tokenizer.encode(images, grid)[mask]   # (M,), codes of the whole image

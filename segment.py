@@ -20,8 +20,6 @@ from torchvision.transforms import v2 as T
 from torchvision.utils import draw_segmentation_masks, save_image
 
 import data
-import folders
-import transforms
 from model import VisionTransformer, ViTPyramid, param_groups
 from support import checkpoint, flags, launch, weights
 from support import run as logbook
@@ -103,11 +101,11 @@ class Ade20k(Dataset):
 
     def __init__(self, root, split, classes):
         self.classes = [f"class {i}" for i in range(1, classes + 1)]
-        images = folders.subfolder(root, "images", split)
-        annotations = folders.subfolder(root, "annotations", split)
+        images = data.subfolder(root, "images", split)
+        annotations = data.subfolder(root, "annotations", split)
         self.samples = []                                   # (file of the image, of its annotation)
         for file in sorted(images.iterdir()):
-            if file.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+            if not data.is_image(file):
                 continue
             annotation = annotations / f"{file.stem}.png"
             if not annotation.exists():
@@ -121,7 +119,7 @@ class Ade20k(Dataset):
 
     def __getitem__(self, index):
         file, annotation = self.samples[index]
-        image = Image.open(file)
+        image = data.decode(file)
         try:
             labels = np.array(Image.open(annotation))
         except (OSError, SyntaxError, ValueError) as error:
@@ -197,12 +195,13 @@ def train_transform(size):
         T.ColorJitter(saturation=0.5),
         T.ColorJitter(hue=18 / 180),
     ]
-    return transforms.Joint([
+    return T.Compose([
         random_rescale,
         VariedCrop(size, pad_if_needed=True, fill={tv_tensors.Mask: 0, "others": 128}),
         T.RandomHorizontalFlip(),
         *[T.RandomApply([distortion]) for distortion in distortions],
         T.ToPureTensor(),
+        data.to_pixels,
     ])
 
 
@@ -211,7 +210,7 @@ def eval_transform(size):
     def rescale_image(image, labels):
         return rescale(image, size), labels
 
-    return transforms.Joint([rescale_image, T.ToPureTensor()])
+    return T.Compose([rescale_image, T.ToPureTensor(), data.to_pixels])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import transforms
 from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, VisionTransformer
 from support import flags, launch
 from support.flags import amount, number, share
@@ -22,7 +21,6 @@ from support.run import Run
 
 PAPER = dict(
     data="data/imagenet",       # ImageNet-1K [PeCo]
-    augment="batch",            # our choice: faster, a little different (PAPER.md, 5)
     image_size=224,             # [MoCo v3]
     crop_min=0.08,              # [MoCo v3]
     model="base",               # ViT-B [PeCo]
@@ -230,11 +228,6 @@ class TwoViews:
     def __call__(self, image):
         return [transform(image) for transform in self.transforms]
 
-    def finish(self, batch):
-        first, second = self.transforms
-        views1, views2 = batch
-        return [first.finish(views1), second.finish(views2)]
-
 
 # ------------------------------------------------------------------------------------------------
 
@@ -270,7 +263,7 @@ def main(args):
 
     # The run: a new one, or from where it stopped
     run = Run(args, len(dataset), optimizer, model_args, modules)
-    views = transforms.teacher(args.image_size, args.crop_min, args.augment)
+    views = data.teacher(args.image_size, args.crop_min)
     loader = data.TrainLoader(dataset, TwoViews(*views), args, run.start, run.steps, device)
     if args.compile:
         moco.compile()

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import transforms
 from model import SIZES, PatchDiscriminator, PerceptualLoss, VQTokenizer, adversarial
 from support import flags, launch
 from support.flags import amount, count, number, positive, rate
@@ -22,7 +21,6 @@ from support.weights import perceptual_network
 
 PAPER = dict(
     data="data/imagenet",       # ImageNet-1K [PeCo]
-    augment="batch",            # our choice: faster, a little different (PAPER.md, 5)
     image_size=224,             # [PeCo]
     crop_min=0.08,              # our choice: the paper does not speak of augmentation
     eval_crop=0.875,            # our choice
@@ -187,7 +185,7 @@ def evaluate(args, tokenizer, perceptual, dataset, device):
     sums = {name: torch.zeros((), device=device, dtype=torch.float64)
             for name in ("psnr", "mse", "distance", "images")}
     shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-    transform = transforms.evaluation(args.image_size, args.eval_crop)
+    transform = data.evaluation(args.image_size, args.eval_crop)
     loader = data.eval_loader(dataset, transform, launch.micro_batch(args), args.workers,
                               indices=shuffled.tolist())    # the pictures show all classes
     for i, (images, _) in enumerate(loader):
@@ -224,7 +222,7 @@ def draw(images, x_hat, codes, folder, rows=16, columns=16):
     reconstructions.png: the first images over their reconstructions. codes.png: a row of patches
     for each of the most used codes.
     """
-    transforms.save_rows([images[:8], x_hat[:8]], folder / "reconstructions.png")
+    data.save_rows([images[:8], x_hat[:8]], folder / "reconstructions.png")
     s = images.shape[2] // codes.shape[1]                   # side of a patch, pixels
     patches = images.unfold(2, s, s).unfold(3, s, s)                            # (B, 3, h, w, s, s)
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)                   # (R, 3, s, s)
@@ -234,7 +232,7 @@ def draw(images, x_hat, codes, folder, rows=16, columns=16):
         own = patches[codes == code][:columns]
         white = torch.ones_like(patches[:1]).repeat(columns - len(own), 1, 1, 1)
         sheet.append(torch.cat([own, white]))
-    transforms.save_rows(sheet, folder / "codes.png")
+    data.save_rows(sheet, folder / "codes.png")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -264,7 +262,7 @@ def main(args):
 
     # The run: a new one, or from where it stopped
     run = Run(args, len(dataset), optimizer, model_args, modules)
-    transform = transforms.tokenizer(args.image_size, args.crop_min, args.augment)
+    transform = data.crop_and_flip(args.image_size, args.crop_min)
     loader = data.TrainLoader(dataset, transform, args, run.start, run.steps, device)
     if args.compile:
         tokenizer.encoder.compile()

@@ -26,7 +26,7 @@ from support.launch import InputError, rank, world_size
 
 # Arguments that do not change the weights: a resumed run may have others.
 MAY_CHANGE_ON_RESUME = {
-    "output", "resume", "workers", "log_every", "save_every", "skip_bad_images",
+    "output", "resume", "workers", "log_every", "save_every",
     "checkpoint_activations",
 }
 # Paths, and the argument that says what they hold: where that is the same, the path may be another.

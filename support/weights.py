@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torchvision.transforms import v2 as T
 
-import transforms
+import data
 from model import (
     HALF,
     IMAGENET_MEAN,
@@ -52,13 +52,13 @@ def load(path, stages=("teacher", "tokenizer", "pretrain", "finetune")):
 
     A VQTokenizer of tokenizer.py's, a VisionTransformer of the other stages' and of a folder of
     transformers' BEiT (tools/export.py writes one). Its .preprocess turns an image, as
-    transforms.open_image takes it, into pixels (3, H, W); .classes are the names of finetune.py's
+    data.open_image takes it, into pixels (3, H, W); .classes are the names of finetune.py's
     classes, else None. Raises InputError for any other stage.
     """
     state = read_state(path, stages)
     model = restore(path, state)
-    evaluation = transforms.evaluation(model.image_size, state["args"].get("eval_crop", 0.875))
-    model.preprocess = T.Compose([transforms.open_image, evaluation])
+    evaluation = data.evaluation(model.image_size, state["args"].get("eval_crop", 0.875))
+    model.preprocess = T.Compose([data.open_image, evaluation])
     model.classes = class_names(state)
     return model.eval().requires_grad_(False)
 

@@ -44,14 +44,12 @@ COMMON = [
     "--workers", "0",
     "--amp", "fp32",
 ]
-# Whatever is random is on: revived codes, drop path, mixing. Images are augmented one by one:
-# test_cifar.py has the recipes' whole batches.
-IMAGE = ["--augment", "image"]
+# Whatever is random is on: revived codes, jitter, drop path, mixing.
 OWN = {
-    "teacher": IMAGE,
-    "tokenizer": [*IMAGE, "--codebook-size", "32", "--decay", "0.8", "--revive", "0.3"],
-    "pretrain": [*IMAGE, "--drop-path", "0.1"],
-    "finetune": [*IMAGE, "--label-fraction", "1", "--mixup", "0.8", "--drop-path", "0.1"],
+    "teacher": [],
+    "tokenizer": ["--codebook-size", "32", "--decay", "0.8", "--revive", "0.3"],
+    "pretrain": ["--drop-path", "0.1", "--jitter", "0.4"],
+    "finetune": ["--label-fraction", "1", "--mixup", "0.8", "--drop-path", "0.1"],
     "segment": ["--image-size", "32", "--drop-path", "0.1"],
     "detect": ["--image-size", "32", "--max-size", "32", "--channels", "16",
                "--boxes", "16", "--drop-path", "0.1"],

@@ -16,7 +16,6 @@ import data
 import model
 import pretrain
 import tokenizer
-import transforms
 from model import IMAGENET_MEAN, IMAGENET_STD, Grid, PerceptualLoss, Quantizer, VQTokenizer
 from support import weights
 
@@ -377,7 +376,7 @@ def test_eq5_one_step_of_the_loss_against_a_plain_sum():
 
 
 def transform_of_tokenizer(args):
-    return transforms.tokenizer(args.image_size, args.crop_min, args.augment)
+    return data.crop_and_flip(args.image_size, args.crop_min)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -439,7 +438,8 @@ def test_eq7_one_step_of_the_loss_against_a_plain_loop():
 
     vit = weights.load("run").requires_grad_()
     total = right = patches = 0
-    for (images, masks), _ in step:
+    for (images, masks, factors), _ in step:
+        images = data.color_jitter(images, factors)
         codes = weights.load("tokenizer").encode(images)                        # (8, 4, 4)
         for image, mask, code in zip(images, masks, codes, strict=True):
             h = vit.tokens(image[None], [4], mask[None])[0][0, 1:].view(4, 4, -1)
@@ -459,8 +459,9 @@ def test_eq7_one_step_of_the_loss_against_a_plain_loop():
 
 
 def transform_of_pretrain(args):
-    augment = transforms.pretrain(args.image_size, args.crop_min, args.jitter, args.augment)
-    return pretrain.AugmentAndMask(augment, 4, round(args.mask_ratio * 16), args.mask_block)
+    augment = data.crop_and_flip(args.image_size, args.crop_min)
+    masked = round(args.mask_ratio * 16)
+    return pretrain.AugmentAndMask(augment, 4, masked, args.mask_block, args.jitter)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import torch
 from conftest import run
 from PIL import Image
 
+import data
 import finetune
-import transforms
 from model import SIZES, VisionTransformer
 from support import beit, checkpoint, weights
 from support.launch import InputError
@@ -79,20 +79,17 @@ def test_load_takes_the_averaged_weights(chain):
     assert any(not torch.equal(own[key], state["model"][key]) for key in own)
 
 
-def test_preprocess_takes_files_images_and_pixels(chain):
+def test_preprocess_takes_files_and_images(chain):
     preprocess = weights.load(chain.teacher).preprocess
     expected = preprocess(IMAGE)
     IMAGE.save("image.png")
-    pixels = np.asarray(IMAGE)
-    for image in ("image.png", Path("image.png"), pixels, torch.tensor(pixels)):
+    for image in ("image.png", Path("image.png"), IMAGE.convert("RGBA")):
         assert torch.equal(preprocess(image), expected)
     Path("image.png").write_bytes(Path("image.png").read_bytes()[:500])
     wrong = [
         ("image.png", "image.png: not a readable image"),
         ("nowhere.png", "nowhere.png: not a readable image"),
-        (pixels / 255, r"not ndarray of float64, \(48, 60, 3\)"),
-        (torch.zeros(3, 48, 60, dtype=torch.uint8), r"not Tensor of uint8, \(3, 48, 60\)"),
-        (None, "an image is a path, a PIL image, or .*, not NoneType"),
+        (np.asarray(IMAGE), "an image is a path or a PIL image, not ndarray"),
     ]
     for image, message in wrong:
         with pytest.raises(InputError, match=message):
@@ -100,7 +97,7 @@ def test_preprocess_takes_files_images_and_pixels(chain):
 
 
 def test_preprocess_crops_as_the_runs_evaluation_did(chain):
-    whole, cropped = transforms.evaluation(32, 1.0), transforms.evaluation(32, 0.875)
+    whole, cropped = data.evaluation(32, 1.0), data.evaluation(32, 0.875)
     for run_of, expected in ((chain.tokenizer, whole), (chain.pretrain, whole),
                              (chain.teacher, cropped)):
         assert torch.equal(weights.load(run_of).preprocess(IMAGE), expected(IMAGE))
@@ -233,7 +230,7 @@ def test_the_processor_crops_at_any_size(size, crop, chain):
     processor = transformers.AutoImageProcessor.from_pretrained(".")
     wide = waves(500, 1000)
     theirs = processor(wide, return_tensors="pt").pixel_values[0]
-    ours = transforms.evaluation(size, crop)(wide)
+    ours = data.evaluation(size, crop)(wide)
     assert theirs.shape == ours.shape
     assert (theirs - ours).abs().mean() < 0.02
 

@@ -32,7 +32,6 @@ from test_stages import fails, newest, weights
 import data
 import finetune
 import tokenizer
-import transforms
 from support import checkpoint, launch
 from support import run as logbook
 from support.run import Run
@@ -537,36 +536,12 @@ def bad_image(path, how):
         path.write_text("not an image")
 
 
-@pytest.mark.parametrize("form", ["image", "batch"])
 @pytest.mark.parametrize("how", ["truncated", "empty", "text"])
-def test_an_unreadable_image_is_named_or_skipped(how, form, folder, capsys):
+def test_an_unreadable_image_is_named(how, folder, capsys):
     bad_image(make_folder(folder / "set", images=10) / "train" / "bee" / "0.jpg", how)
-    flags = ["--data", "set", "--batch-size", "8", "--steps", "4", "--augment", form]
+    flags = ["--data", "set", "--batch-size", "8", "--steps", "4"]
     message = fails(capsys, "teacher", *flags, "--output", "run")
     assert "set/train/bee/0.jpg: not a readable image" in message
-    flags += ["--skip-bad-images", "1"]
-    for output, workers in (("run", "0"), ("again", "2")):
-        run("teacher", *flags, "--output", output, "--workers", workers)
-    assert "set/train/bee/0.jpg" in capsys.readouterr().err
-    assert weights(newest("run")) == weights(newest("again"))   # replaced by the same
-    bad_image(folder / "set" / "train" / "bee" / "1.jpg", how)
-    with pytest.raises(SystemExit) as stop:
-        start("teacher", *flags, "--output", "cap")
-    assert stop.value.code == 2
-    assert "more than --skip-bad-images 1" in capsys.readouterr().err
-
-
-def test_a_replacement_is_never_a_held_out_image(folder):
-    root = make_folder(folder / "set", images=10)
-    bad_image(root / "train" / "bee" / "0.jpg", "text")
-    dataset = data.load_dataset("set", "train", 16)
-    paths = [path for path, _ in dataset.samples]
-    bad = next(i for i, path in enumerate(paths) if path.endswith("bee/0.jpg"))
-    samples = data.Samples(dataset, transforms.evaluation(16), 0, indices=[bad, 3], skip=1)
-    for epoch in range(5):
-        image, label = samples[epoch, bad]
-        assert torch.equal(image, samples[epoch, 3][0])
-        assert label == samples[0, 3][1]
 
 
 AS_JPEG = ("CMYK", "L", "1×1", "huge")
@@ -593,14 +568,11 @@ def test_images_of_all_kinds(kind, folder):
         path.parent.mkdir(parents=True)
         image.save(path)
     dataset = data.load_dataset("set", "train", 32)
-    evaluated = transforms.evaluation(32, 1.0)
-    for transform in (evaluated, transforms.pretrain(32),
-                      transforms.pretrain(32, form="batch")):
+    evaluated = data.evaluation(32, 1.0)
+    for transform in (evaluated, data.crop_and_flip(32), *data.teacher(32), data.finetune(32)):
         pixels, _ = data.Samples(dataset, transform, 0)[0, 0]
-        if isinstance(pixels, tuple):                       # form "batch": with drawn numbers
-            pixels = pixels[0]
         assert pixels.shape == (3, 32, 32)
-    pixels = evaluated(Image.open(path))        # as weights.load's preprocess takes it, not read()
+    pixels = evaluated(data.open_image(Image.open(path)))   # as weights.load's preprocess takes it
     assert torch.equal(pixels, data.Samples(dataset, evaluated, 0)[0, 0][0])
     assert pixels.shape == (3, 32, 32)
     assert pixels.min() >= -1

@@ -24,7 +24,6 @@ import data
 import model
 import pretrain
 import segment
-import transforms
 from model import SIZES, MaskedAutoencoder, VisionTransformer, VQTokenizer, random_mask
 from support import checkpoint, weights
 from support.scenes import Synthetic
@@ -808,7 +807,7 @@ def test_table11_attacks_against_a_plain_loop(name, momentum):
 def trained():
     """A small ViT trained on drawn scenes: the network, the images and their labels."""
     dataset = Synthetic(number=200)
-    preprocess = transforms.evaluation(32, 1.0)
+    preprocess = data.evaluation(32, 1.0)
     images = torch.stack([preprocess(dataset[index][0]) for index in range(200)])
     labels = torch.tensor(dataset.targets)
     torch.manual_seed(0)

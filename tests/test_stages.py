@@ -24,7 +24,6 @@ import model
 import pretrain
 import support.flags
 import teacher
-import transforms
 from support import checkpoint, launch
 from support.run import Run
 
@@ -265,10 +264,10 @@ def test_an_evaluation_of_pretraining_is_the_mean_over_its_images(chain):
     dataset, device = data.load_dataset("synthetic:64", "val", 32), torch.device("cpu")
     torch.manual_seed(0)
     vit, _, _ = pretrain.build(args, codes=32)
-    transform = pretrain.AugmentAndMask(transforms.evaluation(32, 1.0), 4, 6, 2)
+    transform = pretrain.AugmentAndMask(data.evaluation(32, 1.0), 4, 6, 2)
     losses = []
     for index in range(len(dataset)):
-        image, mask = data.Samples(dataset, transform, seed=0)[0, index][0]
+        image, mask, _ = data.Samples(dataset, transform, seed=0)[0, index][0]
         assert mask.sum() == 6
         target = tokenizer.encode(image[None], 4)[0][mask]
         logits = vit.eval()(image[None], mask[None])
@@ -347,10 +346,10 @@ def test_a_loss_that_is_not_finite_changes_nothing(stage, chain, monkeypatch):
         sample, label = clean(self, key)
         left -= 1
         if left == 0:
-            image = sample
-            if isinstance(sample, (list, tuple)):           # two views; an image and its mask
-                image = sample[0]
-            image[0, 0, 0] = math.nan
+            first, *more = sample if isinstance(sample, (list, tuple)) else [sample]
+            first = first.float()                           # two views; an image and its mask
+            first[0, 0, 0] = math.nan
+            sample = [first, *more] if more else first
         return sample, label
 
     monkeypatch.setattr(Run, "__init__", keep)
@@ -479,7 +478,7 @@ def test_tokenizers_of_about_the_patch_size_fit(chain):
     ["--init", "teacher"],
     ["--init", "finetune"],
     ["--ema-decay", "0.9"],
-    ["--cutmix", "1.0", "--augment", "image", "--randaugment", "14", "--erasing", "0.25"],
+    ["--cutmix", "1.0", "--randaugment", "14", "--erasing", "0.25"],
 ], ids=" ".join)
 def test_fine_tuning(flags, chain):
     runs = {"teacher": str(chain.teacher), "finetune": str(chain.finetune)}
@@ -516,13 +515,6 @@ def test_weights_average_is_what_is_evaluated(chain):
     built, _ = finetune.build(again, 10, checkpoint.load("run"))
     assert all(torch.equal(built.state_dict()[key], average[key]) for key in average)
     assert any(not torch.equal(average[key], state["model"][key]) for key in average)
-
-
-def test_whole_batches_have_no_rand_augment_and_no_erasing(chain, capsys):
-    for flag, value in (("--randaugment", "9"), ("--erasing", "0.25")):
-        message = fails(capsys, "finetune", *chain.inputs["finetune"], "--augment", "batch", flag,
-                        value)
-        assert "--augment batch has no RandAugment and no erasing" in message
 
 
 def test_an_evaluation_at_another_size_says_so(chain, capsys):

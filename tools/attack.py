@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 import data
-import transforms
 from support import checkpoint, flags, launch
 from support import run as logbook
 from support.weights import load
@@ -81,7 +80,7 @@ def main(args):
     trained = checkpoint.load(args.run, ["finetune"])["args"]
     model = load(args.run, ["finetune"]).to(device)
     dataset = data.load_dataset(args.data or trained["data"], "val", trained["image_size"])
-    transform = transforms.evaluation(trained["image_size"], trained["eval_crop"])
+    transform = data.evaluation(trained["image_size"], trained["eval_crop"])
     # Drawn, since the first of a folder are all of one class
     shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     images = shuffled[:args.images].tolist()

@@ -37,7 +37,6 @@ import data
 import finetune
 import pretrain
 import tokenizer
-import transforms
 from model import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -119,8 +118,7 @@ class Bench:
         }
         if self.args.data:
             makers |= {
-                "input, 32 files, --augment image": part(self.pipeline, "image"),
-                "input, 32 files, --augment batch": part(self.pipeline, "batch"),
+                "input, 32 files": self.pipeline,
                 "pretrain.py, a step with real files": self.end_to_end,
             }
         if self.args.peers:
@@ -272,9 +270,9 @@ class Bench:
             torch.set_num_threads(threads)
         return Row(run, FILES)
 
-    def pipeline(self, form):
+    def pipeline(self):
         dataset = data.load_dataset(self.args.data, "train", SIDE)
-        transform = transforms.pretrain(SIDE, form=form)
+        transform = data.crop_and_flip(SIDE)
         samples = data.Samples(dataset, transform, seed=0)
         return self.reading(lambda index: samples[0, index], dataset)
 
@@ -341,7 +339,7 @@ class Bench:
         T, jitter = torchvision.transforms.v2, PRETRAIN.jitter
         dataset = data.load_dataset(self.args.data, "train", SIDE)
         transform = T.Compose([
-            T.RandomResizedCrop(SIDE, (PRETRAIN.crop_min, 1), interpolation=transforms.BICUBIC),
+            T.RandomResizedCrop(SIDE, (PRETRAIN.crop_min, 1), interpolation=data.BICUBIC),
             T.RandomHorizontalFlip(),
             T.ColorJitter(jitter, jitter, jitter),
             T.PILToTensor(),

@@ -13,7 +13,6 @@ from torch import nn
 
 import data
 import finetune
-import transforms
 from model import IMAGENET_MEAN, IMAGENET_STD, PerceptualLoss
 from support import checkpoint, flags, launch
 from support import run as logbook
@@ -92,7 +91,7 @@ def reconstruction_row(args, tokenizer, classifier, perceptual, device):
 
 def batches(args, split):
     dataset = data.load_dataset(args.data, split, args.image_size)
-    transform = transforms.evaluation(args.image_size, args.eval_crop)
+    transform = data.evaluation(args.image_size, args.eval_crop)
     return data.eval_loader(dataset, transform, args.batch_size, args.workers)
 
 

@@ -19,7 +19,6 @@ from pretrain import masked_rows
 from support import checkpoint, flags, launch
 from support.launch import InputError
 from support.weights import load
-from transforms import save_rows
 
 
 def validation_images(args, preprocess, number, seed=0):
@@ -104,12 +103,12 @@ def main(argv=None):
                             help="file of the picture (default: %(default)s)")
     args = p.parse_args(argv)
     if args.figure == "reconstructions":
-        save_rows(reconstructions(args.runs), args.output)
+        data.save_rows(reconstructions(args.runs), args.output)
     elif args.figure == "masked":
         rows = []
         for masked in args.masked:
             rows += masked_predictions(args.run, masked)
-        save_rows(rows, args.output)
+        data.save_rows(rows, args.output)
     else:
         for name, (one, other) in distances(args.run, args.reference, args.views).items():
             nearer = args.views[0] if one < other else args.views[1]
