@@ -470,7 +470,8 @@ class Attention(nn.Module):
     """Multi-head self-attention.
 
     positions: "block", a relative position bias of its own; "shared", the one of all blocks, given
-    to forward; "absolute", none (MoCo v3's plain ViT).
+    to forward; "learned" or "absolute", none. All but "absolute" (MoCo v3's plain ViT) have BEiT's
+    biases: of queries and values, not of keys.
     """
 
     def __init__(self, dim, heads, grid, positions):
@@ -544,12 +545,13 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """BEiT's ViT, or MoCo v3's with positions="absolute".
+    """The original ViT as BEiT and PeCo train it, BEiT's own, or MoCo v3's, by `positions`.
 
     image_size, patch_size: pixels; dim, depth, heads: see SIZES. Images of any other size are taken
         too: padded to whole patches (grey, on the right and below), positions interpolated.
-    positions: a "shared" relative position bias (BEiT's pre-training), one a "block" (BEiT's
-        fine-tuning), or "absolute": fixed sine-cosine embeddings (MoCo v3).
+    positions: "learned" embeddings (the original ViT, PeCo's); a "shared" relative position bias
+        (BEiT's other ViT in pre-training), one a "block" (the same in fine-tuning); or "absolute":
+        fixed sine-cosine embeddings (MoCo v3).
     layer_scale: its initial value, 0 for none. drop_path: rate of the last block, rising from 0.
     codes: K of the codebook, for masked image modelling: forward(images, mask) → (M, K).
     classes: for classification, from the mean of the patches: forward(images) → (B, classes).
@@ -577,7 +579,9 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim)) if codes else None
         self.rel_pos_bias = RelativePositionBias(grid, heads) if positions == "shared" else None
-        if positions == "absolute":
+        if positions == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid ** 2, dim))
+        elif positions == "absolute":
             self.register_buffer("pos_embed", sincos_positions(grid, dim))      # (1, 1+N, D)
         else:
             index = relative_position_index(grid, grid)
@@ -615,6 +619,8 @@ class VisionTransformer(nn.Module):
             nn.init.trunc_normal_(self.cls_token, std=0.02, a=-cut, b=cut)
             if self.mask_token is not None:
                 nn.init.trunc_normal_(self.mask_token, std=0.02, a=-cut, b=cut)
+            if self.positions == "learned":
+                nn.init.trunc_normal_(self.pos_embed, std=0.02, a=-cut, b=cut)
             for i, block in enumerate(self.blocks, 1):
                 block.attn.proj.weight /= math.sqrt(2 * i)
                 block.mlp.fc2.weight /= math.sqrt(2 * i)
@@ -639,7 +645,7 @@ class VisionTransformer(nn.Module):
             x = torch.where(mask.flatten(1).unsqueeze(-1), self.mask_token.to(x.dtype), x)
         x = x.to(self.cls_token.dtype)                     # under autocast too: as blocks add to it
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
-        if self.positions == "absolute":
+        if self.positions in ("learned", "absolute"):
             positions = self.pos_embed if own_size else resize_positions(self.pos_embed, h, w)
             return x + positions, Grid(h, w, None)
         if own_size:
@@ -656,7 +662,7 @@ class VisionTransformer(nn.Module):
         return self.encode(torch.cat([x[:, :1], visible], 1), grid)
 
     def encode(self, x, grid):
-        """Tokens (B, ·, D) through all blocks and normalised. For absolute positions: no bias."""
+        """Tokens (B, ·, D) through all blocks and normalised. For positions without a bias."""
         for block in self.blocks:
             x = self.run_block(block, x, grid)
         return self.norm(x)
@@ -830,7 +836,7 @@ def random_mask(grid, count):
 def param_groups(model, weight_decay, layer_decay=1.0, vit=""):
     """Optimizer groups with names and an "lr_scale", as BEiT makes them.
 
-    No weight decay on vectors and on the class embedding. Layer l has the lr times
+    No weight decay on vectors, the class and position embeddings. Layer l has the lr times
     layer_decay^(depth + 1 − l): embeddings are layer 0, block i (from 1) is layer i, what follows
     the blocks is the last, depth + 1; the shared position bias counts as the last too.
     vit: name of the ViT in the model, where the model is more; the rest of it counts as the last.
@@ -842,11 +848,11 @@ def param_groups(model, weight_decay, layer_decay=1.0, vit=""):
         own = name.removeprefix(prefix) if name.startswith(prefix) else ""     # its name in the ViT
         if own.startswith("blocks."):
             layer = int(own.split(".")[1]) + 1
-        elif own.startswith(("patch_embed", "cls_token", "mask_token")):
+        elif own.startswith(("patch_embed", "cls_token", "mask_token", "pos_embed")):
             layer = 0
         else:
             layer = depth + 1
-        no_decay = parameter.ndim == 1 or own == "cls_token"
+        no_decay = parameter.ndim == 1 or own in ("cls_token", "pos_embed")
         decay = 0.0 if no_decay else weight_decay
         if (layer, decay) not in groups:
             lr_scale = layer_decay ** (depth + 1 - layer)
@@ -881,7 +887,7 @@ class ViTPyramid(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# 7  Relative position bias (BEiT, appendix A, and its code's default): a learned number for each
+# 7  Relative position bias (BEiT, appendix A; not in PeCo's ViT): a learned number for each
 # relative position and head, added to the logits of attention. Pre-training shares one table over
 # all blocks, fine-tuning has one a block. Module and parameter names are BEiT's own, so that its
 # files load unchanged.

@@ -29,11 +29,12 @@ PAPER = dict(
     model="base",               # ViT-B, L and H [PeCo, Table 1]
     patch_size=16,              # [PeCo]
     drop_path=0.1,              # [PeCo]
-    layer_scale=0.1,            # [BEiT]; 1e-5 for large and huge
+    positions="learned",        # [PeCo]: "the original ViT-B/16 … as in BEiT"; BEiT's paper, 2.5
+    layer_scale=0.0,            # [PeCo], likewise; BEiT's other ViT: shared and 0.1 (its App. A)
     batch_size=2048,            # [PeCo]
     epochs=800,                 # 300 or 800 [PeCo, Table 2]
     warmup_epochs=10,           # [BEiT]
-    lr=1.5e-3,                  # [PeCo]
+    lr=1.5e-3,                  # [PeCo]; a cosine to 1e-5 [BEiT]
     betas=[0.9, 0.999],         # [PeCo]
     weight_decay=0.05,          # [PeCo]
     clip=3.0,                   # [BEiT]; 1.0 for ViT-L
@@ -105,6 +106,9 @@ def get_args(argv=None):
                    help="side of a patch, pixels")
     p.add_argument("--drop-path", type=rate,
                    help="rate of the last block, rising from 0 at the first")
+    p.add_argument("--positions", choices=["learned", "shared"],
+                   help="learned embeddings, or a relative position bias that all blocks share "
+                        "(with --mae: MAE's fixed ones)")
     p.add_argument("--layer-scale", type=amount, help="initial value; 0: no layer scale")
     p.add_argument("--mae", action="store_true",
                    help="PeCo_MAE: MAE's encoder, of the visible patches alone, and decoder, with "
@@ -174,8 +178,9 @@ def build(args, codes):
         drop_path=args.drop_path)
     if args.mae:                                            # MAE's ViT is a plain one
         model_args |= dict(positions="absolute", layer_scale=0.0)
-    else:                                                   # a bias for all blocks [BEiT]
-        model_args |= dict(positions="shared", layer_scale=args.layer_scale, codes=codes)
+    else:
+        model_args |= dict(
+            positions=args.positions, layer_scale=args.layer_scale, codes=codes)
     vit = VisionTransformer(**model_args)
     vit.checkpoint_activations = args.checkpoint_activations
     if not args.mae:
@@ -285,7 +290,7 @@ def main(args):
         if step == run.steps:
             break
 
-        lr = launch.cosine(step, run.steps, warmup, args.lr)
+        lr = launch.cosine(step, run.steps, warmup, args.lr, final=min(1e-5, args.lr))
         launch.set_lr(optimizer, lr)
         batch = next(batches)
         run.seed(step)                                      # drop path

@@ -250,12 +250,12 @@ def derive_seed(*numbers):
     return int.from_bytes(digest, "big") >> 1
 
 
-def cosine(step, total, warmup, peak):
-    """Linear warm-up to `peak` over `warmup` steps (may be fractional), then half a cosine to 0."""
+def cosine(step, total, warmup, peak, final=0.0):
+    """Linear warm-up to `peak` over `warmup` steps (may be fractional), then half a cosine down."""
     if step < warmup:
         return peak * min(1.0, (step + 1) / warmup)
     progress = (step - warmup) / max(total - warmup, 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_lr(optimizer, lr):

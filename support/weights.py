@@ -162,8 +162,7 @@ def transfer(source, state, arguments, **task):
                          "expected one of teacher, pretrain or finetune")
     elif state is not None:
         weights = foreign_weights(source, state)
-        if "pos_embed" in weights:
-            arguments = arguments | MOCO_V3
+        arguments = arguments | kind_of(weights)
     arguments = {key: value for key, value in arguments.items() if key != "codes"} | task
     if arguments.get("positions", "shared") == "shared":
         arguments["positions"] = "block"                    # BEiT; load_backbone fills each block
@@ -177,6 +176,16 @@ def transfer(source, state, arguments, **task):
         return model, arguments, load_backbone(model, weights)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+
+
+def kind_of(weights):
+    """What the weights of BEiT's, timm's or MoCo v3's files say of the ViT's arguments."""
+    absolute = "pos_embed" in weights
+    if absolute and "blocks.0.attn.q_bias" not in weights:
+        return MOCO_V3
+    # Any layer scale above 0 will do: the trained one is in the file.
+    return dict(positions="learned" if absolute else "block",
+                layer_scale=0.1 if "blocks.0.gamma_1" in weights else 0.0)
 
 
 def add_arguments(p, also="none: from scratch"):
@@ -223,7 +232,7 @@ def begin(args, state, image_size, classes=0):
     """
     arguments = dict(
         SIZES[args.model], patch_size=args.patch_size, layer_scale=args.layer_scale,
-        positions="block",                                  # a bias for each block [BEiT]
+        positions="learned",                                # the original ViT's [PeCo]
         **STATISTICS[args.statistics])
     vit, arguments, missing = transfer(
         f"--init {args.init}", state, arguments,
@@ -280,11 +289,10 @@ def load_backbone(model, weights):
     own = model.state_dict()
     computed = ("relative_position_index", "k_bias")        # in BEiT's files; the second is 0
     weights = {key: value for key, value in weights.items() if not key.endswith(computed)}
-    shared = weights.pop("rel_pos_bias.relative_position_bias_table", None)
-    if shared is not None:
-        for key in own:
-            if key.endswith("relative_position_bias_table"):
-                weights[key] = shared
+    tables = [key for key in own if key.endswith("relative_position_bias_table")]
+    if tables and "rel_pos_bias.relative_position_bias_table" in weights:
+        shared = weights.pop("rel_pos_bias.relative_position_bias_table")
+        weights |= dict.fromkeys(tables, shared)
     for key in own:
         if key not in weights or own[key].shape == weights[key].shape:
             continue

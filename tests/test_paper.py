@@ -68,6 +68,8 @@ PAPER_SAYS = [
     ("pretrain", "model", "base", DETAILS),
     ("pretrain", "patch_size", 16, DETAILS),
     ("pretrain", "drop_path", 0.1, DETAILS),
+    ("pretrain", "positions", "learned", "Pre-training Details: the original ViT"),
+    ("pretrain", "layer_scale", 0.0, "Pre-training Details: the original ViT"),
     ("pretrain", "batch_size", 2048, DETAILS),
     ("pretrain", "epochs", 800, "Pre-training Details, Table 2"),
     ("pretrain", "lr", 1.5e-3, DETAILS),
@@ -77,6 +79,7 @@ PAPER_SAYS = [
     ("finetune", "image_size", 224, "Table 1"),
     ("finetune", "model", "base", "Table 1"),
     ("finetune", "patch_size", 16, "Table 1"),
+    ("finetune", "layer_scale", 0.0, "Pre-training Details: the original ViT"),
     ("finetune", "epochs", 100, "ImageNet fine-tuning"),
     ("finetune", "warmup_epochs", 20, "ImageNet fine-tuning"),
     ("finetune", "lr", 4e-3, "ImageNet fine-tuning"),
@@ -86,6 +89,7 @@ PAPER_SAYS = [
     ("segment", "model", "base", "Table 3"),
     ("segment", "patch_size", 16, "Table 3"),
     ("segment", "drop_path", 0.2, "S"),
+    ("segment", "layer_scale", 0.0, "Pre-training Details: the original ViT"),
     ("segment", "batch_size", 16, "S"),
     ("segment", "steps", 160_000, "S"),
     ("segment", "warmup_steps", 1500, "S"),
@@ -98,6 +102,7 @@ PAPER_SAYS = [
     ("detect", "model", "base", "Table 3"),
     ("detect", "patch_size", 16, "Table 3"),
     ("detect", "drop_path", 0.1, "S"),
+    ("detect", "layer_scale", 0.0, "Pre-training Details: the original ViT"),
     ("detect", "batch_size", 16, "S"),
     ("detect", "epochs", 12, "S"),
     ("detect", "lr", 4e-4, "S"),
@@ -371,7 +376,7 @@ def test_table1_sizes(runs):
 def test_table1_at_twice_the_size(runs):
     vit = weights.network_of(runs["runs/huge448/finetune"])
     assert (vit.image_size, vit.grid) == (112, 8)
-    assert vit.blocks[0].attn.relative_position_bias_table.shape == (15 ** 2 + 3, 4)
+    assert vit.pos_embed.shape == (1, 1 + 8 ** 2, 64)
 
 
 def test_table2_tokenizers(runs):

@@ -199,6 +199,8 @@ def test_cosine_schedule():
     assert rates[110] == pytest.approx(0, abs=1e-12)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert len(set(rates[10:])) == 101                      # strictly falling
+    assert launch.cosine(60, 110, 10, 3.0, final=1.0) == pytest.approx(2.0)
+    assert launch.cosine(110, 110, 10, 3.0, final=1.0) == pytest.approx(1.0)
     assert launch.cosine(0, 10, 0, 2.0) == 2.0             # no warm-up
     assert launch.cosine(5, 5, 5, 2.0) == 2.0              # only warm-up: no division by zero
 

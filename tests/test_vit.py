@@ -375,10 +375,46 @@ def test_resized_positions_keep_rows_and_class_token():
     assert (grid[1:] > grid[:-1]).all()
 
 
+def test_learned_positions_are_added_to_the_tokens(monkeypatch):
+    """To the class token and all patches, the masked ones too; attention has no mask."""
+    vit = tiny_vit(positions="learned", codes=8)
+    x = pixels(2, 3, 16, 16)
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask[:, 1] = True
+    patches = vit.patch_embed(x)
+    patches[mask.flatten(1)] = vit.mask_token[0, 0]
+    expected = torch.cat([vit.cls_token.expand(2, -1, -1), patches], 1) + vit.pos_embed
+    tokens, grid = vit.embed(x, mask)
+    assert torch.allclose(tokens, expected, atol=1e-6)
+
+    def attention(q, k, v, attn_mask=None):
+        assert attn_mask is None
+        return v
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    vit.blocks[0](tokens, grid)
+
+
+def test_learned_positions_of_another_size_are_trained():
+    vit = tiny_vit(positions="learned", classes=3).train()
+    vit(pixels(1, 3, 12, 20)).sum().backward()
+    assert (vit.pos_embed.grad[0].abs().amax(1) > 0).all()
+
+
+def test_parameters_in_pre_training():
+    """The second figure is that of BEiT's published log."""
+    for positions, layer_scale, parameters in (("learned", 0.0, 92_089_856),
+                                               ("shared", 0.1, 91_965_776)):
+        with torch.device("meta"):
+            vit = VisionTransformer(**model.SIZES["base"], positions=positions,
+                                    layer_scale=layer_scale, codes=8192)
+        assert sum(p.numel() for p in vit.parameters()) == parameters
+
+
 # ------------------------------------------------------------------------------------------------
 # Images of any size, features
 
-@pytest.mark.parametrize("positions", ["shared", "block", "absolute"])
+@pytest.mark.parametrize("positions", ["learned", "shared", "block", "absolute"])
 def test_images_of_any_size(positions):
     """Positions interpolated; whole patches by padding with grey, which is 0."""
     vit = tiny_vit(positions=positions)
@@ -441,7 +477,7 @@ def test_pyramid_of_a_vit():
 # ------------------------------------------------------------------------------------------------
 # In training
 
-@pytest.mark.parametrize("positions", ["shared", "block"])
+@pytest.mark.parametrize("positions", ["learned", "shared", "block"])
 def test_activation_checkpointing_gives_the_same_gradients(positions):
     vit = tiny_vit(positions=positions, classes=3).train()
     x = pixels(2, 3, 16, 16)
@@ -463,6 +499,9 @@ def test_initial_weights_shrink_with_depth():
     torch.manual_seed(0)
     vit = VisionTransformer(16, 4, dim=64, depth=4, heads=2, codes=10)
     std = 0.5397 * 0.02                 # of a normal distribution cut off at its own σ = 0.02
+    learned = VisionTransformer(16, 4, dim=64, depth=1, heads=2, positions="learned", codes=10)
+    assert math.isclose(learned.pos_embed.std().item(), std, rel_tol=0.1)
+    assert learned.pos_embed.abs().max() <= 0.02
     assert vit.patch_embed.proj.weight.abs().max() <= 0.02 and not vit.patch_embed.proj.bias.any()
     for i, block in enumerate(vit.blocks, 1):
         assert math.isclose(block.attn.qkv.weight.std().item(), std, rel_tol=0.05)
@@ -475,7 +514,9 @@ def test_initial_weights_shrink_with_depth():
 def test_initial_weights_outside_pre_training():
     """Cut off at ±2 and not at σ; the patch projection is PyTorch's; the classifier is small."""
     torch.manual_seed(0)
-    vit = VisionTransformer(16, 4, dim=64, depth=4, heads=2, positions="block", classes=10)
+    vit = VisionTransformer(16, 4, dim=64, depth=4, heads=2, positions="learned", classes=10)
+    assert math.isclose(vit.pos_embed.std().item(), 0.02, rel_tol=0.1)
+    assert vit.pos_embed.abs().max() > 0.04
     for block in vit.blocks:
         assert math.isclose(block.attn.qkv.weight.std().item(), 0.02, rel_tol=0.05)
         assert block.attn.qkv.weight.abs().max() > 0.04
@@ -486,8 +527,9 @@ def test_initial_weights_outside_pre_training():
     assert plain.cls_token.abs().max() < 1e-5               # MoCo v3: σ = 1e-6
 
 
-def test_param_groups_by_hand():
-    vit = VisionTransformer(16, 4, dim=32, depth=4, heads=2, positions="block", classes=3)
+@pytest.mark.parametrize("positions", ["learned", "block"])
+def test_param_groups_by_hand(positions):
+    vit = VisionTransformer(16, 4, dim=32, depth=4, heads=2, positions=positions, classes=3)
     groups = param_groups(vit, 0.05, 0.5)
     found = {}
     for group in groups:
@@ -495,8 +537,9 @@ def test_param_groups_by_hand():
             found[name] = (group["lr_scale"], group["weight_decay"])
     assert sum(len(group["params"]) for group in groups) == len(found)      # each once
     assert set(found) == {name for name, _ in vit.named_parameters()}
-    scales = {"cls_token": 1 / 32, "patch_embed": 1 / 32, "blocks.0": 1 / 16, "blocks.1": 1 / 8,
-              "blocks.2": 1 / 4, "blocks.3": 1 / 2, "fc_norm": 1.0, "head": 1.0}
+    scales = {"cls_token": 1 / 32, "pos_embed": 1 / 32, "patch_embed": 1 / 32,
+              "blocks.0": 1 / 16, "blocks.1": 1 / 8, "blocks.2": 1 / 4,
+              "blocks.3": 1 / 2, "fc_norm": 1.0, "head": 1.0}
     decayed = ("patch_embed.proj.weight", "qkv.weight", "attn.proj.weight", "fc1.weight",
                "fc2.weight", "head.weight", "relative_position_bias_table")
     for name, (scale, decay) in found.items():
@@ -523,15 +566,18 @@ def test_param_groups_of_pretraining():
 # ------------------------------------------------------------------------------------------------
 # timm's networks, by their weights' names
 
-@pytest.mark.parametrize("positions", ["block", "shared"])
+@pytest.mark.parametrize("positions", ["learned", "block", "shared"])
 def test_our_vit_is_timms_beit(positions):
     pytest.importorskip("timm", reason="timm, an independent BEiT, is not installed")
     from timm.models.beit import Beit
-    arguments = dict(dim=64, depth=2, heads=2, positions=positions, classes=7)
+    layer_scale = 0.0 if positions == "learned" else 0.1
+    arguments = dict(dim=64, depth=2, heads=2, positions=positions, layer_scale=layer_scale,
+                     classes=7)
     ours = randomize(VisionTransformer(32, 4, **arguments)).eval()
     theirs = Beit(
-        img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=2, init_values=0.1,
-        num_classes=7, use_abs_pos_emb=False, use_rel_pos_bias=positions == "block",
+        img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=2,
+        init_values=layer_scale or None, num_classes=7, use_abs_pos_emb=positions == "learned",
+        use_rel_pos_bias=positions == "block",
         use_shared_rel_pos_bias=positions == "shared").eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = pixels(2, 3, 32, 32)

@@ -58,9 +58,10 @@ def test_backbone_loads_at_another_image_size():
     assert target(pixels(2, 3, 32, 32)).shape == (2, 3)
 
 
-def test_position_embedding_is_interpolated_to_another_image_size():
-    source = tiny_vit(positions="absolute")
-    target = tiny_vit(image_size=32, positions="absolute", classes=3)
+@pytest.mark.parametrize("positions", ["learned", "absolute"])
+def test_position_embedding_is_interpolated_to_another_image_size(positions):
+    source = tiny_vit(positions=positions)
+    target = tiny_vit(image_size=32, positions=positions, classes=3)
     load_backbone(target, source.state_dict())
     assert torch.equal(target.pos_embed, resize_positions(source.pos_embed, 8, 8))
     assert torch.equal(target.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
@@ -85,6 +86,7 @@ def test_classifier_of_the_same_classes_is_kept():
     (dict(patch_size=8), "patch_embed.proj.weight: expected"),
     (dict(layer_scale=0.0), "has blocks.0.gamma_1"),
     (dict(positions="absolute"), "pos_embed"),
+    (dict(positions="learned"), "lacks pos_embed"),
 ])
 def test_another_architecture_is_refused_by_name(change, message):
     target = tiny_vit(**{"positions": "block", "classes": 3, **change})
@@ -92,16 +94,36 @@ def test_another_architecture_is_refused_by_name(change, message):
         load_backbone(target, tiny_vit(codes=8).state_dict())
 
 
+def test_positions_of_both_kinds_are_refused():
+    weights = tiny_vit(codes=8).state_dict() | dict(pos_embed=torch.zeros(1, 17, 32))
+    with pytest.raises(InputError, match="has rel_pos_bias.relative_position_bias_table"):
+        load_backbone(tiny_vit(positions="learned", layer_scale=0.1), weights)
+
+
 def test_pretraining_begins_fine_tuning(chain):
     args = finetune.get_args([*COMMON, *chain.inputs["finetune"]])
     state = newest(chain.pretrain)
     network, _ = finetune.build(args, 10, state)
-    shared = state["model"]["rel_pos_bias.relative_position_bias_table"]
-    for block in network.blocks:
-        assert torch.equal(block.attn.relative_position_bias_table, shared)
+    assert network.positions == "learned"
+    assert torch.equal(network.pos_embed, state["model"]["pos_embed"])
     fc1 = state["model"]["blocks.0.mlp.fc1.weight"]
     assert torch.equal(network.blocks[0].mlp.fc1.weight, fc1)
     assert newest(chain.finetune)["args"]["init_digest"] == state["digest"]
+
+
+def test_the_other_vit_begins_fine_tuning_and_a_new_one_is_the_papers(chain):
+    """BEiT's other ViT keeps its relative positions and its layer scale without a flag."""
+    run("pretrain", *chain.inputs["pretrain"], "--positions", "shared", "--layer-scale", "0.1",
+        "--steps", "1", "--output", "shared")
+    state = newest("shared")
+    args = finetune.get_args([*COMMON, "--init", "shared"])
+    network, model_args = finetune.build(args, 10, state)
+    assert (model_args["positions"], model_args["layer_scale"]) == ("block", 0.1)
+    shared = state["model"]["rel_pos_bias.relative_position_bias_table"]
+    for block in network.blocks:
+        assert torch.equal(block.attn.relative_position_bias_table, shared)
+    network, model_args = finetune.build(args, 10, None)
+    assert (model_args["positions"], model_args["layer_scale"]) == ("learned", 0.0)
 
 
 def test_what_a_checkpoint_overrules_is_named(chain, capsys):
@@ -170,14 +192,19 @@ def test_official_moco_v3_file_begins_fine_tuning(moco_v3_file):
     assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 
 
-def test_published_beit_file_begins_fine_tuning(chain):
+@pytest.mark.parametrize("positions, layer_scale", [("learned", 0.0), ("shared", 0.1)])
+def test_published_beit_file_begins_fine_tuning(positions, layer_scale):
     """BEiT's files hold the weights under "model", and indices that we compute."""
-    state = newest(chain.pretrain)["model"]
+    source = tiny_vit(**model.SIZES["nano"], image_size=32, patch_size=8, positions=positions,
+                      layer_scale=layer_scale, codes=8)
     index = {"rel_pos_bias.relative_position_index": torch.zeros(17, 17)}
-    torch.save(dict(model=state | index), "beit.pth")
+    torch.save(dict(model=source.state_dict() | (index if positions == "shared" else {})),
+               "beit.pth")
     args = finetune.get_args([*COMMON, "--init", "beit.pth"])
     network, _ = finetune.build(args, 10, checkpoint.load("beit.pth"))
-    assert torch.equal(network.blocks[0].attn.proj.weight, state["blocks.0.attn.proj.weight"])
+    x = pixels(2, 3, 32, 32)
+    own, given = network.eval().tokens(x, [4])[0], source.tokens(x, [4])[0]
+    assert torch.allclose(own, given, atol=1e-5 * given.abs().max().item())
     run("finetune", "--init", "beit.pth", "--steps", "1", "--output", "run")
     assert newest("run")["args"]["init_digest"] is None
 
