@@ -95,12 +95,13 @@ def parser(stage, doc):
                              "(teacher.py then has fewer negatives)")
     shared.add_argument("--epochs", type=positive, help="passes over the training set")
     shared.add_argument("--steps", type=positive, help="optimizer steps, in place of --epochs")
-    shared.add_argument("--lr", type=amount, help="peak learning rate at the recipe's batch size; "
-                             "scaled in proportion to --batch-size")
+    shared.add_argument("--lr", type=amount,
+                        help="peak learning rate, taken as it is; without this flag, the recipe's "
+                             "is scaled in proportion to --batch-size")
     shared.add_argument("--seed", type=number(int, at_least=0, at_most=2 ** 63 - 1), default=0,
                         help="seed of weights, sample order, augmentation and masks")
     shared.add_argument("--amp", choices=["auto", "bf16", "fp32"], default="auto",
-                        help="precision; auto is bf16 autocast where the hardware has it")
+                        help="precision; auto is bf16 autocast on a GPU that has it, else fp32")
     shared.add_argument("--compile", action="store_true", help="torch.compile the network")
     shared.add_argument("--save-every", type=positive, default=1,
                         help="epochs from one checkpoint, and evaluation, to the next")
@@ -113,7 +114,7 @@ def parser(stage, doc):
 
 
 def parse(p, recipes, argv=None):
-    """The arguments: flags over the recipe's values; lr times batch size / the recipe's."""
+    """The arguments: flags over the recipe's values. The recipe's own lr scales with the batch."""
     given = p.parse_args(argv)
     if given.recipe not in recipes:
         p.error(f"--recipe {given.recipe}: choose from {', '.join(recipes)}")
@@ -133,5 +134,6 @@ def parse(p, recipes, argv=None):
         except InputError as error:
             p.error(str(error))
     del args.help
-    args.lr *= args.batch_size / recipe["batch_size"]
+    if given.lr is None:                                    # a --lr of the user's is taken as typed
+        args.lr *= args.batch_size / recipe["batch_size"]
     return args

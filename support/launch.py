@@ -172,32 +172,22 @@ def device():
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def cpu_info():
-    """Lines of Linux' /proc/cpuinfo; none on other systems."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-
-
 def hardware():
     """What a log's figures were taken on."""
     if torch.cuda.is_available():
         return f"{world_size()} × {torch.cuda.get_device_name()}"
-    names = [line.partition(": ")[2] for line in cpu_info() if "model name" in line]
+    info = Path("/proc/cpuinfo")                            # Linux has it
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return f"{os.cpu_count()} CPU cores ({names[0] if names else 'model unknown'})"
-
-
-def has_bf16(device):
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = " ".join(cpu_info()).split()
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)    # x86, x86, Arm
 
 
 def precision(args, device):
     """Of the forward passes, by --amp: "bf16" or "fp32"."""
-    if args.amp == "auto":
-        return "bf16" if has_bf16(device) else "fp32"
-    return args.amp
+    if args.amp != "auto":
+        return args.amp
+    gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if gpu else "fp32"
 
 
 def autocast(args, device):

@@ -42,7 +42,6 @@ COMMON = [
     "--log-every", "2",
     "--save-every", "1",
     "--workers", "0",
-    "--amp", "fp32",
 ]
 # Whatever is random is on: revived codes, jitter, drop path, mixing.
 OWN = {

@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 
 import pytest
+import torch
 
 from support import flags, launch
 from support.launch import InputError
@@ -41,10 +42,17 @@ def test_the_output_is_named_after_recipe_and_stage():
     assert parse("--output", "my/RECIPE").output == "my/RECIPE"     # a path is taken as it is
 
 
-def test_lr_scales_with_the_batch():
+def test_the_recipes_lr_scales_with_the_batch_and_the_users_does_not():
     assert parse().lr == 0.5
     assert parse("--batch-size", "16").lr == 0.125
-    assert math.isclose(parse("--recipe", "demo", "--batch-size", "16", "--lr", "0.3").lr, 0.6)
+    assert parse("--batch-size", "16", "--lr", "0.3").lr == 0.3
+
+
+def test_auto_is_fp32_on_a_cpu_whatever_it_has():
+    args, cpu = parse(), torch.device("cpu")
+    assert launch.precision(args, cpu) == "fp32"
+    args.amp = "bf16"
+    assert launch.precision(args, cpu) == "bf16"
 
 
 def test_epochs_or_steps(capsys):
