@@ -22,7 +22,7 @@ from torchvision.transforms import v2 as T
 from torchvision.utils import make_grid, save_image
 
 from support import launch
-from support.flags import number
+from support.flags import within
 from support.launch import InputError, derive_seed, rank, world_size
 from support.scenes import Synthetic, synthetic_number
 
@@ -40,16 +40,16 @@ def add_arguments(p, layout=LAYOUT, augment=True):
     """Add the data flags of a stage to its parser. layout: what --data may be."""
     group = p.add_argument_group("data")
     group.add_argument("--data", help=f"dataset: {layout}")
-    group.add_argument("--image-size", type=number(int, at_least=1, at_most=8192),
+    group.add_argument("--image-size", type=within(int, "[1, 8192]"),
                        help="side of the images, pixels")
     if augment:
-        group.add_argument("--crop-min", type=number(float, above=0, at_most=1),
+        group.add_argument("--crop-min", type=within(float, "(0, 1]"),
                            help="smallest random crop, share of the image's area")
     add_workers(group)
 
 
 def add_workers(p):
-    p.add_argument("--workers", type=number(int, at_least=0, at_most=128),
+    p.add_argument("--workers", type=within(int, "[0, 128]"),
                    default=min(8, (os.cpu_count() or 2) - 1),
                    help="loader processes of each rank")
 

@@ -29,7 +29,7 @@ import data
 from model import VisionTransformer, ViTPyramid, param_groups
 from support import checkpoint, flags, launch, weights
 from support import run as logbook
-from support.flags import count, number
+from support.flags import count, within
 from support.launch import InputError
 from support.run import Run
 from support.scenes import Scenes, instances, palette, synthetic_number
@@ -84,11 +84,11 @@ PICTURES = 8                    # validation images drawn at each evaluation; ou
 def get_args(argv=None):
     p = flags.parser("detect", __doc__)
     p.add_argument("--eval", action="store_true", help="only evaluate --init")
-    p.add_argument("--max-size", type=number(int, at_least=1, at_most=8192),
+    p.add_argument("--max-size", type=within(int, "[1, 8192]"),
                    help="largest longer side, pixels; --image-size is the shorter one")
-    p.add_argument("--channels", type=number(int, at_least=1, at_most=4096),
+    p.add_argument("--channels", type=within(int, "[1, 4096]"),
                    help="channels of the feature pyramid and the heads")
-    p.add_argument("--boxes", type=number(int, at_least=4),       # a quarter are of objects
+    p.add_argument("--boxes", type=within(int, "[4, inf)"),       # a quarter are of objects
                    help="boxes sampled of an image in training, to classify")
     p.add_argument("--warmup-steps", type=count, help="steps of linear warm-up of the lr")
     weights.add_arguments(p, also="none: from scratch; with --eval: a run of detect.py")

@@ -17,7 +17,7 @@ import data
 from model import param_groups
 from support import flags, launch, weights
 from support import run as logbook
-from support.flags import amount, number, rate, share
+from support.flags import amount, rate, share, within
 from support.run import Run
 
 PAPER = dict(
@@ -114,12 +114,12 @@ def get_args(argv=None):
     p.add_argument("--eval", action="store_true", help="only evaluate --init, a fine-tuned model")
     p.add_argument("--probe", choices=["linear", "knn"],
                    help="only classify the frozen features of --init")
-    p.add_argument("--label-fraction", type=number(float, above=0, at_most=1), default=1.0,
+    p.add_argument("--label-fraction", type=within(float, "(0, 1]"), default=1.0,
                    help="share of the training images used, the same of each class, 0 to 1")
     p.add_argument("--holdout", type=rate, default=0.0,
                    help="share of the training images kept out of training and evaluated in place "
                         "of val/: to choose hyper-parameters by, 0 to 1")
-    p.add_argument("--randaugment", type=number(int, at_least=0, at_most=30),
+    p.add_argument("--randaugment", type=within(int, "[0, 30]"),
                    help="magnitude of RandAugment, 0 (none) to 30")
     p.add_argument("--erasing", type=share, help="probability of random erasing, 0 to 1")
     p.add_argument("--mixup", type=amount,
@@ -130,7 +130,7 @@ def get_args(argv=None):
     p.add_argument("--warmup-epochs", type=amount, help="epochs of linear warm-up of the lr")
     p.add_argument("--ema-decay", type=rate, default=0.0,
                    help="decay of averaged weights, which are then evaluated; 0: none")
-    p.add_argument("--eval-crop", type=number(float, at_least=0.1, at_most=1),
+    p.add_argument("--eval-crop", type=within(float, "[0.1, 1]"),
                    help="centre crop in evaluation, share of the side")
     weights.add_arguments(p)
     data.add_arguments(p)

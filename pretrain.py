@@ -13,7 +13,7 @@ from torch import nn
 import data
 from model import SIZES, MaskedAutoencoder, VisionTransformer, block_mask, param_groups, random_mask
 from support import checkpoint, flags, launch
-from support.flags import amount, number, positive, rate, share
+from support.flags import amount, positive, rate, share, within
 from support.run import Run
 from support.weights import restore
 
@@ -102,7 +102,7 @@ def get_args(argv=None):
     p = flags.parser("pretrain", __doc__)
     p.add_argument("--tokenizer", help="run or checkpoint of tokenizer.py")
     p.add_argument("--model", choices=SIZES, help="size of the ViT")
-    p.add_argument("--patch-size", type=number(int, at_least=1, at_most=256),
+    p.add_argument("--patch-size", type=within(int, "[1, 256]"),
                    help="side of a patch, pixels")
     p.add_argument("--drop-path", type=rate,
                    help="rate of the last block, rising from 0 at the first")
@@ -113,7 +113,7 @@ def get_args(argv=None):
     p.add_argument("--mae", action="store_true",
                    help="PeCo_MAE: MAE's encoder, of the visible patches alone, and decoder, with "
                         "random masks (MAE's --mask-ratio is 0.75)")
-    p.add_argument("--mask-ratio", type=number(float, above=0, below=1),
+    p.add_argument("--mask-ratio", type=within(float, "(0, 1)"),
                    help="share of the patches masked in every image")
     p.add_argument("--mask-block", type=positive,
                    help="smallest block of masked patches, in patches")
@@ -121,7 +121,7 @@ def get_args(argv=None):
     p.add_argument("--betas", type=rate, nargs=2, help="AdamW's β₁ and β₂")
     p.add_argument("--weight-decay", type=amount, help="AdamW's weight decay, of matrices")
     p.add_argument("--warmup-epochs", type=amount, help="epochs of linear warm-up of the lr")
-    p.add_argument("--clip", type=number(float, above=0), help="largest norm of the gradient")
+    p.add_argument("--clip", type=within(float, "(0, inf)"), help="largest norm of the gradient")
     p.add_argument("--checkpoint-activations", action="store_true",
                    help="recompute the ViT's blocks in the backward pass: less memory, a forward "
                         "pass more")

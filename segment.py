@@ -23,7 +23,7 @@ import data
 from model import VisionTransformer, ViTPyramid, param_groups
 from support import checkpoint, flags, launch, weights
 from support import run as logbook
-from support.flags import amount, count, number
+from support.flags import amount, count, within
 from support.launch import InputError
 from support.run import Run
 from support.scenes import Scenes, palette, synthetic_number
@@ -71,7 +71,7 @@ PICTURES = 8                    # validation images drawn at each evaluation; ou
 def get_args(argv=None):
     p = flags.parser("segment", __doc__)
     p.add_argument("--eval", action="store_true", help="only evaluate --init")
-    p.add_argument("--classes", type=number(int, at_least=1, at_most=10_000),
+    p.add_argument("--classes", type=within(int, "[1, 10000]"),
                    help="number of classes of a folder; 0 is ignored")
     p.add_argument("--aux-weight", type=amount, help="weight of the auxiliary head's loss")
     p.add_argument("--warmup-steps", type=count, help="steps of linear warm-up of the lr")

@@ -16,7 +16,7 @@ from torch import nn
 import data
 from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, VisionTransformer
 from support import flags, launch
-from support.flags import amount, number, share
+from support.flags import amount, share, within
 from support.run import Run
 
 PAPER = dict(
@@ -91,13 +91,13 @@ RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
 def get_args(argv=None):
     p = flags.parser("teacher", __doc__)
     p.add_argument("--model", choices=SIZES, help="size of the ViT")
-    p.add_argument("--patch-size", type=number(int, at_least=1, at_most=256),
+    p.add_argument("--patch-size", type=within(int, "[1, 256]"),
                    help="side of a patch, pixels")
-    p.add_argument("--hidden", type=number(int, at_least=1, at_most=16_384),
+    p.add_argument("--hidden", type=within(int, "[1, 16384]"),
                    help="width of the heads' hidden layers")
-    p.add_argument("--features", type=number(int, at_least=1, at_most=16_384),
+    p.add_argument("--features", type=within(int, "[1, 16384]"),
                    help="dimension of q and k, which the loss compares")
-    p.add_argument("--temperature", type=number(float, above=0),
+    p.add_argument("--temperature", type=within(float, "(0, inf)"),
                    help="τ, by which the contrastive loss divides the similarities")
     p.add_argument("--momentum", type=share,
                    help="m, share of its weights that the key encoder keeps in a step, at the "

@@ -15,7 +15,7 @@ from torch import nn
 import data
 from model import SIZES, PatchDiscriminator, PerceptualLoss, VQTokenizer, adversarial
 from support import flags, launch
-from support.flags import amount, count, number, positive, rate
+from support.flags import amount, count, positive, rate, within
 from support.run import Run
 from support.weights import perceptual_network
 
@@ -111,21 +111,21 @@ RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
 
 def get_args(argv=None):
     p = flags.parser("tokenizer", __doc__)
-    p.add_argument("--channels", type=number(int, at_least=16, at_most=8192), nargs="+",
+    p.add_argument("--channels", type=within(int, "[16, 8192]"), nargs="+",
                    help="widths from the image's resolution down, each next one at half of it: the "
                         "stride of the codes is 2^(number − 1) pixels; not used with --vit")
-    p.add_argument("--decoder-channels", type=number(int, at_least=16, at_most=8192), nargs="+",
+    p.add_argument("--decoder-channels", type=within(int, "[16, 8192]"), nargs="+",
                    help="the decoder's, in the same order; by default the same")
-    p.add_argument("--decoder-blocks", type=number(int, at_least=1, at_most=100),
+    p.add_argument("--decoder-blocks", type=within(int, "[1, 100]"),
                    help="residual blocks of the decoder at each resolution (by default 2), or its "
                         "transformer blocks with --vit (by default the encoder's number)")
     p.add_argument("--vit", choices=SIZES,
                    help="a ViT of this size as encoder, one as decoder, in place of convolutions")
-    p.add_argument("--patch-size", type=number(int, at_least=1, at_most=256),
+    p.add_argument("--patch-size", type=within(int, "[1, 256]"),
                    help="side of a patch of --vit, pixels")
-    p.add_argument("--codebook-size", type=number(int, at_least=2, at_most=2 ** 20),
+    p.add_argument("--codebook-size", type=within(int, f"[2, {2 ** 20}]"),
                    help="K, number of codes")
-    p.add_argument("--code-dim", type=number(int, at_least=1, at_most=8192),
+    p.add_argument("--code-dim", type=within(int, "[1, 8192]"),
                    help="D, dimension of a code")
     p.add_argument("--decay", type=rate,
                    help="γ, decay of the codebook's moving averages in a step")
@@ -145,7 +145,7 @@ def get_args(argv=None):
                    help="weight of the adversarial loss; 0: no discriminator")
     p.add_argument("--betas", type=rate, nargs=2, help="Adam's β₁ and β₂")
     p.add_argument("--warmup-steps", type=count, help="steps of linear warm-up of the lr")
-    p.add_argument("--eval-crop", type=number(float, at_least=0.1, at_most=1),
+    p.add_argument("--eval-crop", type=within(float, "[0.1, 1]"),
                    help="centre crop in evaluation, share of the side")
     data.add_arguments(p, layout=data.ANY_LAYOUT)
     return flags.parse(p, RECIPES, argv)

@@ -1,45 +1,40 @@
 """The command line: flags in their ranges, which win over the values of a recipe."""
 import argparse
-import contextlib
 import math
+import re
 import sys
-
-import torch
 
 from support.launch import InputError, refuse_longer_warmup, say, warn
 
-# No flag means more than this, and seeds alone are larger. It and whatever limits stand beside the
-# flags without a source are our choice: beyond them no machine of today runs.
-LARGEST = 10 ** 9
 
+def within(kind, interval):
+    """An argument's type: an int or a float (kind) in an interval such as "[0, 1)", or "(0, inf)".
 
-def number(kind, above=-math.inf, at_least=-math.inf, below=math.inf, at_most=LARGEST):
-    """An argument's type: an int or a float (kind) within limits. NaN and infinities never are."""
-    limits = {"above": above, "of at least": at_least, "below": below, "at most": at_most}
+    The limits beside the flags that have no source are our choice.
+    """
+    left, low, high, right = re.fullmatch(r"([\[(])(.+), (.+)([\])])", interval).groups()
+    low, high = [math.inf if limit == "inf" else kind(limit) for limit in (low, high)]
 
     def parse(text):
-        value = math.nan
-        with contextlib.suppress(ValueError):
+        try:
             value = kind(text)
-        if kind is float and abs(value) < torch.finfo(torch.float32).tiny:
-            value = 0.0                                     # in fp32 it is
-        if above < value < below and at_least <= value <= at_most:
+        except ValueError:
+            value = math.nan                                # in no interval
+        above = value > low or (left == "[" and value == low)
+        below = value < high or (right == "]" and value == high)
+        if above and below:
             return value
-        needed = []
-        for word, limit in limits.items():
-            if abs(limit) < LARGEST or limit == at_most < value:    # LARGEST where it was passed
-                needed.append(f"{word} {limit}")
-        noun = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text}: {noun} {' and '.join(needed)} is needed")
+        noun = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text}: a {noun} in {interval} is needed")
     return parse
 
 
 # Kinds of numbers that many flags are.
-count = number(int, at_least=0)
-positive = number(int, at_least=1)
-amount = number(float, at_least=0)
-rate = number(float, at_least=0, below=1)
-share = number(float, at_least=0, at_most=1)
+count = within(int, "[0, inf)")
+positive = within(int, "[1, inf)")
+amount = within(float, "[0, inf)")
+rate = within(float, "[0, 1)")
+share = within(float, "[0, 1]")
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,16 +57,13 @@ class Parser(argparse.ArgumentParser):
         say(self.format_help().rstrip())
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Adds defaults to help texts, with three digits; none where the text says what happens."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Without "(default: None)": where there is no default, the text says what happens."""
 
     def _get_help_string(self, action):
-        default = action.default
-        if default is None or default is False or not action.option_strings:
+        if action.default is None or action.default is False:
             return action.help
-        values = default if isinstance(default, list) else [default]
-        shown = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
-        return f"{action.help} (default: {' '.join(shown)})"
+        return super()._get_help_string(action)
 
 
 def parser(stage, doc):
@@ -98,7 +90,7 @@ def parser(stage, doc):
     shared.add_argument("--lr", type=amount,
                         help="peak learning rate, taken as it is; without this flag, the recipe's "
                              "is scaled in proportion to --batch-size")
-    shared.add_argument("--seed", type=number(int, at_least=0, at_most=2 ** 63 - 1), default=0,
+    shared.add_argument("--seed", type=within(int, f"[0, {2 ** 63})"), default=0,
                         help="seed of weights, sample order, augmentation and masks")
     shared.add_argument("--amp", choices=["auto", "bf16", "fp32"], default="auto",
                         help="precision; auto is bf16 autocast on a GPU that has it, else fp32")

@@ -21,7 +21,7 @@ from model import (
     resize_positions,
 )
 from support import beit, checkpoint
-from support.flags import amount, number, rate
+from support.flags import amount, rate, within
 from support.launch import InputError, as_input_error, first_of_machine, rank, say
 
 # MoCo v3's ViT-B of 300 epochs (the 100-epoch one, which PeCo uses, was never published) and its
@@ -196,7 +196,7 @@ def add_arguments(p, also="none: from scratch"):
                             f"finetune.py, a file of BEiT's, timm's or MoCo v3's, a folder of "
                             f"transformers' BEiT, or {also}")
     group.add_argument("--model", choices=SIZES, help="size of the ViT, where --init does not say")
-    group.add_argument("--patch-size", type=number(int, at_least=1, at_most=256),
+    group.add_argument("--patch-size", type=within(int, "[1, 256]"),
                        help="side of a patch, pixels, where --init does not say")
     group.add_argument("--layer-scale", type=amount,
                        help="initial value, where --init does not say; 0: no layer scale")
@@ -207,7 +207,7 @@ def add_arguments(p, also="none: from scratch"):
                        help="rate of the last block, rising from 0 at the first")
     group.add_argument("--betas", type=rate, nargs=2, help="AdamW's β₁ and β₂")
     group.add_argument("--weight-decay", type=amount, help="AdamW's weight decay, of matrices")
-    group.add_argument("--layer-decay", type=number(float, above=0, at_most=1),
+    group.add_argument("--layer-decay", type=within(float, "(0, 1]"),
                        help="factor of the lr from one block to the one before it")
     group.add_argument("--checkpoint-activations", action="store_true",
                        help="recompute blocks in the backward pass: less memory, one forward "

@@ -1,4 +1,4 @@
-"""Numbers that make no sense, and crafted files: one line that names the culprit, status 2."""
+"""Numbers that make no sense, files of something else: one line names the culprit, status 2."""
 import argparse
 import os
 import subprocess
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMMON, OWN, ROOT, STAGES, run
+from conftest import COMMON, OWN, ROOT, STAGES
 from test_stages import fails, newest
 
 import support.flags
 from support import checkpoint, launch
-from support.flags import number
+from support.flags import within
 from support.launch import InputError
 from support.run import Run
 from tools import attack, bench, cifar10, codewords, export, figures
@@ -20,7 +20,7 @@ from tools import attack, bench, cifar10, codewords, export, figures
 # ------------------------------------------------------------------------------------------------
 # Every numeric flag of every stage
 
-VALUES = ["0", "-1", "nan", "inf", "1e300", "1000000000000", "abc"]
+VALUES = ["0", "-1", "nan", "inf", "abc"]
 # What these must refuse, whatever else they do.
 REFUSED = {
     "--steps": ["0"], "--lr": ["-1"], "--temperature": ["0", "-1"], "--momentum": ["1.5"],
@@ -62,26 +62,26 @@ def test_every_number_is_within_its_range_or_refused(stage, capsys, monkeypatch)
                 assert lines[0].startswith(f"{stage}.py: {flag} {value}: a "), lines
                 assert lines[0].endswith(" is needed")
             else:
-                assert value in ("0", "1000000000000")      # nothing else is in any range
-                assert value == "0" or flag == "--seed"
-                assert value not in REFUSED.get(flag, [])
+                assert value == "0" and value not in REFUSED.get(flag, [])
                 found = getattr(args, name)
-                assert found == ([float(value)] * count if "[" in str(found) else float(value))
+                assert found == ([0] * count if isinstance(found, list) else 0)
 
 
-def test_a_range_is_said_as_one_would(capsys):
-    def message(kind, text, **limits):
-        with pytest.raises(argparse.ArgumentTypeError) as error:
-            number(kind, **limits)(text)
-        return str(error.value)
+def test_an_interval_is_as_it_is_written():
+    def accepted(kind, interval, *texts):
+        found = []
+        for text in texts:
+            try:
+                found.append(within(kind, interval)(text))
+            except argparse.ArgumentTypeError as error:
+                assert text in str(error) and interval in str(error)
+        return found
 
-    assert message(float, "0", above=0) == "0: a number above 0 is needed"
-    assert message(float, "1", at_least=0, below=1) == (
-        "1: a number of at least 0 and below 1 is needed")
-    assert message(int, "1.5", at_least=2, at_most=8) == (
-        "1.5: a whole number of at least 2 and at most 8 is needed")
-    assert message(int, "10000000000", at_least=1) == (
-        "10000000000: a whole number of at least 1 and at most 1000000000 is needed")
+    assert accepted(float, "[0, 1)", "-0.1", "0", "0.9", "1", "nan") == [0, 0.9]
+    assert accepted(float, "(0, 1]", "0", "1e-9", "1", "1.1") == [1e-9, 1]
+    assert accepted(float, "(0, inf)", "0", "1e300", "inf") == [1e300]
+    assert accepted(int, "[2, 8]", "1", "2", "2.5", "8", "9", "many") == [2, 8]
+    assert accepted(int, f"[0, {2 ** 63})", str(2 ** 63 - 1), str(2 ** 63)) == [2 ** 63 - 1]
 
 
 TOOLS = [
@@ -106,14 +106,13 @@ def test_numbers_of_the_tools(parse, flags, capsys):
 
 
 WORST = [
-    ("teacher", ["--temperature", "1e-300"]),
     ("teacher", ["--lr", "1e9", "--weight-decay", "1e9"]),
     ("teacher", ["--log-every", "1000000000", "--save-every", "1000000000"]),
     ("tokenizer", ["--perceptual-weight", "0", "--commitment-weight", "1e9"]),
     ("tokenizer", ["--perceptual-weight", "0", "--decoder-channels", "8192"]),
     ("tokenizer", ["--perceptual-weight", "0", "--codebook-size", "2", "--revive", "0.999"]),
     ("finetune", ["--init", "none", "--layer-scale", "1e9", "--smoothing", "0.999"]),
-    ("finetune", ["--init", "none", "--mixup", "1e9", "--cutmix", "1e-300"]),
+    ("finetune", ["--init", "none", "--mixup", "1e9"]),
     ("finetune", ["--init", "none", "--crop-min", "1e-300", "--seed", str(2 ** 63 - 1)]),
     ("finetune", ["--init", "none", "--patch-size", "256"]),
     ("finetune", ["--init", "none", "--accumulate", "1000000000"]),
@@ -122,13 +121,13 @@ WORST = [
 
 
 @pytest.mark.parametrize("stage, flags", WORST)
-def test_what_a_range_lets_pass_runs_or_ends_with_a_status(stage, flags, capsys):
+def test_extreme_flag_values_exit_cleanly(stage, flags, capsys):
     module = STAGES[stage]
     try:
         args = module.get_args([*COMMON, *OWN[stage], "--steps", "2", *flags])
         launch.start(module.main, args)
     except SystemExit as stop:
-        assert stop.code in (2, 3, 4)
+        assert stop.code in (2, 3)
         assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -161,85 +160,7 @@ def test_steps_cut_a_run_short_in_the_recipes_warm_up_but_not_in_the_flags(capsy
 
 
 # ------------------------------------------------------------------------------------------------
-# Crafted checkpoints
-
-def resealed(source, path, change):
-    """A copy of a run's newest checkpoint with a change, under a right digest."""
-    state = newest(source)
-    change(state)
-    state.pop("digest", None)
-    Path(path).parent.mkdir(exist_ok=True)
-    checkpoint.write(Path(path), state)
-
-
-def without(key):
-    return lambda state: state.pop(key)
-
-
-def with_value(key, value):
-    return lambda state: state.update({key: value})
-
-
-def with_argument(key, value):
-    return lambda state: state["model_args"].update({key: value})
-
-
-def with_weight(change):
-    def apply(state):
-        name = next(key for key in state["model"] if key.endswith("fc1.weight"))
-        state["model"][name] = change(state["model"][name])
-    return apply
-
-
-CRAFTED = {
-    **{f"no {key}": without(key) for key in ("model", "model_args", "args", "optimizer", "step")},
-    "a list of arguments": with_value("model_args", [1]),
-    "a step in words": with_value("step", "six"),
-    "a step before the first": with_value("step", -1),
-    "a model of words": with_value("model", dict(cls_token="x")),
-    "bytes": with_weight(torch.Tensor.byte),
-    "nan": with_weight(lambda weight: weight * torch.nan),
-    "inf": with_weight(lambda weight: weight / 0),
-}
-MISFITS = {
-    "dim x": with_argument("dim", "x"),
-    "dim -3": with_argument("dim", -3),
-    "dim 0": with_argument("dim", 0),
-    "dim huge": with_argument("dim", 10 ** 12),
-    "patch size 0": with_argument("patch_size", 0),
-    "unknown": with_argument("colour", "red"),
-}
-
-
-@pytest.mark.parametrize("kind", CRAFTED | MISFITS)
-def test_a_crafted_checkpoint_is_refused_by_name(kind, chain, capsys):
-    change = (CRAFTED | MISFITS)[kind]
-    resealed(chain.pretrain, "crafted.pt", change)
-    message = fails(capsys, "finetune", "--init", "crafted.pt")
-    assert "crafted.pt: " in message
-    assert "weights_only" not in message
-    resealed(chain.teacher, "teacher.pt", change)
-    assert "teacher.pt: " in fails(capsys, "tokenizer", "--perceptual", "teacher.pt")
-    with pytest.raises((SystemExit, InputError)) as error:
-        launch.launch_tool("export", lambda: export.main(["crafted.pt", "out"]))
-        figures.masked_predictions("crafted.pt")
-    assert error.type is InputError or error.value.code == 2
-
-
-@pytest.mark.parametrize("kind", CRAFTED)
-def test_a_crafted_checkpoint_is_not_resumed(kind, chain, capsys):
-    resealed(chain.pretrain, "run/step-00000004.pt", CRAFTED[kind])
-    message = fails(capsys, "pretrain", *chain.inputs["pretrain"], "--output", "run", before=1)
-    assert "run: no sound checkpoint" in message
-
-
-@pytest.mark.parametrize("optimizer", [{}, dict(param_groups=[3]), dict(param_groups=[{}])])
-def test_an_optimizer_of_another_form_is_not_resumed(optimizer, chain, capsys):
-    resealed(chain.pretrain, "run/step-00000004.pt", with_value("optimizer", optimizer))
-    message = fails(capsys, "pretrain", *chain.inputs["pretrain"], "--output", "run",
-                    "--resume", "force")
-    assert "--output run holds a run of another architecture" in message
-
+# Files that hold something else
 
 @pytest.mark.parametrize("contents", [{}, dict(model={}), dict(state_dict={}), dict(epoch=3)])
 def test_a_file_without_weights_is_not_from_scratch(contents, capsys):
@@ -258,33 +179,6 @@ def test_weights_of_others_that_are_not_finite(chain, capsys):
     torch.save(dict(state_dict=weights), "moco.pth")
     message = fails(capsys, "tokenizer", "--perceptual", "moco.pth")
     assert "--perceptual moco.pth: blocks.0.norm1.weight is not finite" in message
-
-
-def test_torchs_advice_to_execute_a_file_is_not_passed_on(capsys):
-    Path("garbage.pt").write_bytes(b"no checkpoint at all")
-    message = fails(capsys, "finetune", "--init", "garbage.pt")
-    assert "garbage.pt: no sound checkpoint (not one of plain values and tensors)" in message
-
-
-# ------------------------------------------------------------------------------------------------
-# Not finite: what the message says
-
-@pytest.mark.parametrize("step, said", [(0, "look at --data"), (1, "try a lower --lr")])
-def test_a_loss_that_is_not_finite_at_the_first_step_is_not_the_lrs_fault(step, said, monkeypatch):
-    add = Run.add
-
-    def poisoned(self, **terms):
-        if self.step == step and "loss" in terms:
-            terms["loss"] = terms["loss"] * torch.nan
-        add(self, **terms)
-
-    monkeypatch.setattr(Run, "add", poisoned)
-    with pytest.raises(FloatingPointError) as error:
-        run("teacher")
-    assert said in str(error.value)
-    listed = str(error.value).partition("(images ")[2].partition(")")[0]
-    assert listed.count(",") == 7
-    assert listed.endswith(" and 8 more")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -313,13 +207,6 @@ def test_without_docstrings(module, monkeypatch, capsys):
 def test_without_docstrings_in_a_process(module):
     status, _, err = outcome([sys.executable, "-OO", *module, "--help"])
     assert (status, err) == (0, b"")
-
-
-def test_a_locale_of_ascii():
-    ascii_only = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    status, out, err = outcome([sys.executable, "tokenizer.py", "--help"], **ascii_only)
-    assert (status, err) == (0, b"")
-    assert b"\\u03bb, weight of the perceptual loss" in out     # λ
 
 
 def test_places_that_cannot_be_written(chain, capsys):
