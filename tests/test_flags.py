@@ -11,10 +11,9 @@ from conftest import COMMON, OWN, ROOT, STAGES
 from test_stages import fails, newest
 
 import support.flags
-from support import checkpoint, launch
+from support import launch
 from support.flags import within
 from support.launch import InputError
-from support.run import Run
 from tools import attack, bench, cifar10, codewords, export, figures
 
 # ------------------------------------------------------------------------------------------------
