@@ -422,10 +422,6 @@ class TrainLoader:
                 yield step
                 step = []
 
-    def samples(self, step, rank):
-        """Indices of the images of a step on a rank."""
-        return [index for batch in self.batches.of_step(step, rank) for _, index in batch]
-
 
 def eval_loader(dataset, transform, batch_size, workers, indices=None, collate=None):
     """Every image exactly once over all ranks, with no padding: each rank its own share."""

@@ -408,6 +408,7 @@ def draw(image, detections, target, classes, path):
 
 # ------------------------------------------------------------------------------------------------
 
+@launch.cleans_up
 def main(args):
     if COCO is None:
         raise InputError("COCO's evaluation is missing: pip install pycocotools")
@@ -421,9 +422,9 @@ def main(args):
         row = evaluate(args, model, val, device)
         return logbook.report(args, row, init=args.init, split="val")
 
-    # The model, from a checkpoint; its digest is an argument, since another one is another start.
+    # The model, from a checkpoint; its digest is compared on resuming: another is another start.
     torch.manual_seed(args.seed)
-    state = weights.read(args)
+    state, digest = weights.read(args)
     model, model_args = build(args, classes, state)
     model.to(device)
     model.backbone.autocast = launch.autocast(args, device)
@@ -435,16 +436,17 @@ def main(args):
     indices = dataset.with_objects()
 
     # The run: a new one, or from where it stopped
-    run = Run(args, len(indices), optimizer, model_args, modules=dict(model=model))
+    run = Run(args, optimizer, model_args, modules=dict(model=model),
+              identity=dict(images=len(indices), init=digest))
     loader = data.TrainLoader(dataset, transform(train=True), args, run.start, run.steps, device,
                               indices, collate=data.as_lists)
     if args.compile:
         model.backbone.compile()
-    network = run.distribute(model)
+    network = launch.ddp(model)
 
     batches = iter(loader)
     for step in run.progress():
-        if run.due(step):                                # an epoch ended, the run, or a signal came
+        if run.due(step):
             run.save(step)
             row = evaluate(args, model, val, device)
             run.log_evaluation(step, split="val", **row)
@@ -463,7 +465,7 @@ def main(args):
             run.add(loss=loss, **losses)
         gradients = [p.grad for p in model.parameters()]
         run.add(grad_norm=nn.utils.get_total_norm(gradients))       # the paper speaks of no clip
-        run.check_finite(loader.samples)                    # one rank's NaN stops all of them here
+        run.agree()
         optimizer.step()
         optimizer.zero_grad()
         run.log(step + 1, lr=lr)

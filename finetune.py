@@ -252,6 +252,7 @@ def linear_probe(train, train_labels, val, classes, steps=2000, batch=1024, lr=1
 
 # ------------------------------------------------------------------------------------------------
 
+@launch.cleans_up
 def main(args):
     device = launch.device()
 
@@ -266,15 +267,14 @@ def main(args):
         indices = sorted(set(indices).difference(val_indices))
     else:
         val = data.load_dataset(args.data, "val", args.image_size)
-    args.class_names = list(val.classes)                    # other classes are another task
     classes = len(val.classes)
     if classes < 2:
         raise launch.InputError(
             f"--data {args.data}: one class only, {val.classes[0]}: two or more are needed")
 
-    # The model, from a checkpoint; its digest is an argument, since another one is another start.
+    # The model, from a checkpoint; its digest is compared on resuming: another is another start.
     torch.manual_seed(args.seed)
-    state = weights.read(args)
+    state, digest = weights.read(args)
     if args.eval:
         weights.refuse_other_names(f"--init {args.init}", state, f"--data {args.data}", val.classes)
     model, model_args = build(args, 0 if args.probe else classes, state)
@@ -299,19 +299,20 @@ def main(args):
         evaluated = average.module
 
     # The run: a new one, or from where it stopped
-    run = Run(args, len(indices), optimizer, model_args, modules)
+    identity = dict(images=len(indices), init=digest, class_names=list(val.classes))
+    run = Run(args, optimizer, model_args, modules, identity)
     transform = data.finetune(args.image_size, args.crop_min, args.randaugment, args.erasing)
     loader = data.TrainLoader(dataset, transform, args, run.start, run.steps, device, indices)
     mix = mixer(args, classes)
     if args.compile:
         model.compile()
-    network = run.distribute(model)
+    network = launch.ddp(model)
     autocast = launch.autocast(args, device)
     warmup = args.warmup_epochs * run.epoch_steps
 
     batches = iter(loader)
     for step in run.progress():
-        if run.due(step):                                # an epoch ended, the run, or a signal came
+        if run.due(step):
             run.save(step)
             row = evaluate(args, evaluated, val, device, val_indices)
             run.log_evaluation(step, split=split, **row)
@@ -333,7 +334,7 @@ def main(args):
             run.add(loss=loss)
         gradients = [p.grad for p in model.parameters()]
         run.add(grad_norm=nn.utils.get_total_norm(gradients))       # BEiT does not clip here
-        run.check_finite(loader.samples)                    # one rank's NaN stops all of them here
+        run.agree()
         optimizer.step()
         optimizer.zero_grad()
         if args.ema_decay:

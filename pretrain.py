@@ -153,8 +153,7 @@ def load_tokenizer(args):
 
     A code of it must describe a patch of the ViT.
     """
-    state = checkpoint.load(
-        args.tokenizer, ["tokenizer"], "--tokenizer", f"tokenizer.py --recipe {args.recipe}")
+    state = checkpoint.load(args.tokenizer, ["tokenizer"], "--tokenizer")
     tokenizer = restore(f"--tokenizer {args.tokenizer}", state)
     # Images are resized so that it sees a patch as one code, at half to twice the size (our choice;
     # BEiT's tokenizer saw it at half).
@@ -243,11 +242,12 @@ def masked_rows(model, tokenizer, images, mask):
 
 # ------------------------------------------------------------------------------------------------
 
+@launch.cleans_up
 def main(args):
     device = launch.device()
 
-    # The tokenizer; its digest is an argument, since other codes are other targets.
-    tokenizer, args.tokenizer_digest, args.eval_crop = load_tokenizer(args)
+    # The tokenizer; its digest is compared on resuming, since other codes are other targets.
+    tokenizer, digest, eval_crop = load_tokenizer(args)
     tokenizer.to(device, memory_format=torch.channels_last)
 
     # The model and its optimizer
@@ -268,22 +268,23 @@ def main(args):
                                  f"{grid * grid} patches; at least one of each kind is needed")
     masks = (grid, masked, 0 if args.mae else args.mask_block)
     transform = AugmentAndMask(augment, *masks, args.jitter)
-    evaluation = data.evaluation(args.image_size, args.eval_crop)     # as the tokenizer's
+    evaluation = data.evaluation(args.image_size, eval_crop)            # as the tokenizer's
     val_transform = AugmentAndMask(evaluation, *masks)
 
     # The run: a new one, or from where it stopped
-    run = Run(args, len(dataset), optimizer, model_args, modules)
+    identity = dict(images=len(dataset), tokenizer=digest, eval_crop=eval_crop)
+    run = Run(args, optimizer, model_args, modules, identity)
     loader = data.TrainLoader(dataset, transform, args, run.start, run.steps, device)
     if args.compile:
         model.compile()
         tokenizer.encoder.compile()
-    network = run.distribute(model)
+    network = launch.ddp(model)
     autocast = launch.autocast(args, device)
     warmup = args.warmup_epochs * run.epoch_steps
 
     batches = iter(loader)
     for step in run.progress():
-        if run.due(step):                                # an epoch ended, the run, or a signal came
+        if run.due(step):
             run.save(step)
             row = evaluate(args, model, tokenizer, val, val_transform, device)
             run.log_evaluation(step, split="val", **row)
@@ -305,7 +306,7 @@ def main(args):
             (loss / args.accumulate).backward()
             run.add(loss=loss, accuracy=(logits.argmax(1) == target).float().mean())
         run.add(grad_norm=nn.utils.clip_grad_norm_(model.parameters(), args.clip))
-        run.check_finite(loader.samples)                    # one rank's NaN stops all of them here
+        run.agree()
         optimizer.step()
         optimizer.zero_grad()
         run.log(step + 1, lr=lr)

@@ -417,6 +417,7 @@ def draw(image, labels, predicted, classes, path):
 
 # ------------------------------------------------------------------------------------------------
 
+@launch.cleans_up
 def main(args):
     device = launch.device()
     val = load_dataset(args.data, "val", args.image_size, args.classes)
@@ -427,9 +428,9 @@ def main(args):
         row = evaluate(args, model, val, device)
         return logbook.report(args, row, init=args.init, split="val")
 
-    # The model, from a checkpoint; its digest is an argument, since another one is another start.
+    # The model, from a checkpoint; its digest is compared on resuming: another is another start.
     torch.manual_seed(args.seed)
-    state = weights.read(args)
+    state, digest = weights.read(args)
     model, model_args = build(args, classes, state)
     model.to(device)
     groups = param_groups(model, args.weight_decay, args.layer_decay, vit="backbone.vit")
@@ -442,16 +443,17 @@ def main(args):
         check_classes(args, split, one)
 
     # The run: a new one, or from where it stopped
-    run = Run(args, len(dataset), optimizer, model_args, modules=dict(model=model))
+    run = Run(args, optimizer, model_args, modules=dict(model=model),
+              identity=dict(images=len(dataset), init=digest))
     loader = data.TrainLoader(dataset, transform, args, run.start, run.steps, device)
     if args.compile:
         model.compile()
-    network = run.distribute(model)
+    network = launch.ddp(model)
     autocast = launch.autocast(args, device)
 
     batches = iter(loader)
     for step in run.progress():
-        if run.due(step):                                # an epoch ended, the run, or a signal came
+        if run.due(step):
             run.save(step)
             row = evaluate(args, model, val, device)
             run.log_evaluation(step, split="val", **row)
@@ -473,7 +475,7 @@ def main(args):
             run.add(loss=loss, main=main_loss, aux=aux_loss)
         gradients = [p.grad for p in model.parameters()]
         run.add(grad_norm=nn.utils.get_total_norm(gradients))       # BEiT does not clip here
-        run.check_finite(loader.samples)                    # one rank's NaN stops all of them here
+        run.agree()
         optimizer.step()
         optimizer.zero_grad()
         run.log(step + 1, lr=lr)

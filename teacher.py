@@ -243,6 +243,7 @@ def build(args):
     return MoCo(encoder, args.hidden, args.features, args.temperature), model_args
 
 
+@launch.cleans_up
 def main(args):
     device = launch.device()
     dataset = data.load_images(args.data, "train", args.image_size)
@@ -262,18 +263,18 @@ def main(args):
     ], fused=True)
 
     # The run: a new one, or from where it stopped
-    run = Run(args, len(dataset), optimizer, model_args, modules)
+    run = Run(args, optimizer, model_args, modules, identity=dict(images=len(dataset)))
     views = data.teacher(args.image_size, args.crop_min)
     loader = data.TrainLoader(dataset, TwoViews(*views), args, run.start, run.steps, device)
     if args.compile:
         moco.compile()
-    network = run.distribute(moco)
+    network = launch.ddp(moco)
     autocast = launch.autocast(args, device)
     warmup = args.warmup_epochs * run.epoch_steps
 
     batches = iter(loader)
     for step in run.progress():
-        if run.due(step):                                # an epoch ended, the run, or a signal came
+        if run.due(step):
             run.save(step)
         if step == run.steps:
             break
@@ -288,7 +289,7 @@ def main(args):
             run.add(loss=loss, accuracy=accuracy)
         gradients = [p.grad for _, p in trained]
         run.add(grad_norm=nn.utils.get_total_norm(gradients))       # the paper does not clip
-        run.check_finite(loader.samples)                    # one rank's NaN stops all of them here
+        run.agree()
         optimizer.step()
         optimizer.zero_grad()
         moco.update_momentum(m)

@@ -237,15 +237,16 @@ def draw(images, x_hat, codes, folder, rows=16, columns=16):
 
 # ------------------------------------------------------------------------------------------------
 
+@launch.cleans_up
 def main(args):
     device = launch.device()
     dataset = data.load_images(args.data, "train", args.image_size)
     val = data.load_images(args.data, "val", args.image_size)
 
-    # The frozen perceptual network; its digest is an argument, since another one is another loss.
-    perceptual_net = None
+    # The frozen perceptual network; its digest is compared on resuming: another is another loss.
+    perceptual_net = digest = None
     if args.perceptual_weight:
-        perceptual_net, args.perceptual_digest = perceptual_network(args.perceptual, args.recipe)
+        perceptual_net, digest = perceptual_network(args.perceptual)
 
     # The tokenizer, the discriminator of the adversarial ablation, and their optimizer
     torch.manual_seed(args.seed)
@@ -261,20 +262,21 @@ def main(args):
     optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=tuple(args.betas), fused=True)
 
     # The run: a new one, or from where it stopped
-    run = Run(args, len(dataset), optimizer, model_args, modules)
+    run = Run(args, optimizer, model_args, modules,
+              identity=dict(images=len(dataset), perceptual=digest))
     transform = data.crop_and_flip(args.image_size, args.crop_min)
     loader = data.TrainLoader(dataset, transform, args, run.start, run.steps, device)
     if args.compile:
         tokenizer.encoder.compile()
         tokenizer.decoder.compile()
-    network = run.distribute(tokenizer)
-    judge = run.distribute(discriminator) if discriminator else None
+    network = launch.ddp(tokenizer)
+    judge = launch.ddp(discriminator) if discriminator else None
     networks = [network, judge] if judge else [network]
     autocast = launch.autocast(args, device)
 
     batches = iter(loader)
     for step in run.progress():
-        if run.due(step):                                # an epoch ended, the run, or a signal came
+        if run.due(step):
             run.save(step)
             row = evaluate(args, tokenizer, perceptual, val, device)
             run.log_evaluation(step, split="val", **row)
@@ -309,7 +311,7 @@ def main(args):
             run.add(loss=loss, pixel=l_pixel, perceptual=l_percep, commitment=l_commit)
         gradients = [parameter.grad for _, parameter in parameters]
         run.add(grad_norm=nn.utils.get_total_norm(gradients))       # the paper does not clip
-        run.check_finite(loader.samples)                    # one rank's NaN stops all of them here
+        run.agree()
         optimizer.step()
         optimizer.zero_grad()
         tokenizer.quantizer.update(generator)               # the same draw on all ranks

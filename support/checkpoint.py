@@ -6,18 +6,12 @@ digest, since torch.load does not notice a flipped bit or a block of zeros.
 import argparse
 import contextlib
 import hashlib
-import math
 import os
-import shutil
 from pathlib import Path
 
 import torch
 
 from support.launch import InputError, warn
-
-# What each of our checkpoints holds, beside other modules that were trained.
-CONTENTS = dict(digest=str, stage=str, step=int, epoch=int, best=(float, int, type(None)),
-                args=dict, model_args=dict, optimizer=dict, model=dict)
 
 # What contents of any kind raise where a network is built of them.
 UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -55,23 +49,8 @@ def write(path, state):
     except (OSError, RuntimeError) as error:               # torch.save: RuntimeError on a full disk
         with contextlib.suppress(OSError):
             temporary.unlink()
-        needed = math.ceil(size(state) / 2 ** 20)
-        raise InputError(
-            f"{path}: not written ({error}); it takes {needed} MiB, {free_space(path.parent)} free "
-            f"there{intact(path.parent)}: make room and run the same command again") from error
-
-
-def size(value):
-    """Bytes of the tensors in nested dicts and lists: all but the names of a checkpoint."""
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(map(size, value.values()))
-    return sum(map(size, value)) if isinstance(value, (list, tuple)) else 0
-
-
-def free_space(folder):
-    return f"{shutil.disk_usage(folder).free / 2 ** 20:.0f} MiB"
+        raise InputError(f"{path}: not written ({error}){intact(path.parent)}: make room and run "
+                         "the same command again") from error
 
 
 def intact(folder):
@@ -92,22 +71,20 @@ def folder_of(run):
     return path if path.is_dir() else path.parent
 
 
-def load(path, stages=None, flag="", made_by=""):
+def load(path, stages=None, flag=""):
     """The checkpoint in a file, or the newest sound one of a run's folder, on the CPU.
 
     stages: those that it may be of; None: any, and files of other projects, which have no "stage".
-    flag, made_by: the flag that names the path and the command that makes such a run, for the
-    message where nothing is there.
-    A damaged file is named and passed over. Raises InputError where none is left.
+    flag: that names the path, for messages. A damaged file is named and passed over.
     """
     path = Path(path)
+    source = f"{flag} {path}".strip()
     candidates = files(path) if path.is_dir() else [path]
-    wanted = f"expected one of {' or '.join(stages)}" if stages else "expected a checkpoint"
+    wanted = "a checkpoint"
+    if stages:
+        wanted = "a run of " + " or ".join(f"{stage}.py" for stage in stages)
     if not candidates or not candidates[0].exists():
-        if made_by:
-            raise InputError(f"{flag} {path}: nothing there; make one with: python {made_by}")
-        raise InputError(f"{path}: nothing there, {wanted}")
-    detail = ""
+        raise InputError(f"{source}: nothing there, expected {wanted}: train it first")
     for file in candidates:
         try:
             state = load_sound(file)
@@ -117,16 +94,13 @@ def load(path, stages=None, flag="", made_by=""):
                 reason = "not one of plain values and tensors"
             if path.is_dir():
                 warn(f"{file}: not loaded: {reason}")
-            else:
-                detail = f" ({reason})"
             continue
         stage = state.get("stage")
         if stages and stage not in stages:
-            found = f"a checkpoint of {stage}" if stage else "another file"
-            raise InputError(f"{file}: found {found}, {wanted}")
+            found = f"a run of {stage}.py" if stage else "another file"
+            raise InputError(f"{source}: found {found}, expected {wanted}")
         return state
-    raise InputError(
-        f"{path}: no sound checkpoint{detail}, {wanted}; restore one or name another path")
+    raise InputError(f"{source}: no sound checkpoint ({reason}): restore one or name another")
 
 
 def load_sound(file):
@@ -134,8 +108,6 @@ def load_sound(file):
         state = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise ValueError(f"it holds a {type(state).__name__}")
-    if "stage" in state:
-        check(state)
     if "digest" in state:
         rest = {key: value for key, value in state.items() if key != "digest"}
         if state["digest"] != digest(rest):
@@ -143,31 +115,18 @@ def load_sound(file):
     return state
 
 
-def check(state):
-    """Raise ValueError where one of our checkpoints lacks what is read of it."""
-    for key, kinds in CONTENTS.items():
-        if key not in state or not isinstance(state[key], kinds):
-            raise ValueError(f'its "{key}" is missing or of the wrong type')
-    if state["step"] < 0:
-        raise ValueError(f'its "step" is {state["step"]}')
-    for module in ("model", "ema"):
-        check_weights(state.get(module, {}))
-
-
 def check_weights(weights):
-    """Raise ValueError where weights, a dict, hold what no network of ours or others' has."""
+    """Raise ValueError where the weights of another project's file are no finite tensors."""
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{name} is no tensor")
-        if value.dtype != torch.int64 and not value.is_floating_point():    # int64: a count
-            raise ValueError(f"{name} is of {value.dtype}")
         if not value.isfinite().all():
             raise ValueError(f"{name} is not finite: the training that wrote it had failed")
 
 
 @contextlib.contextmanager
 def built_from(source):
-    """Around what builds a network of a checkpoint's contents. Raises InputError with its name."""
+    """Around what builds a network of a checkpoint's contents."""
     try:
         yield
     except InputError:

@@ -3,17 +3,20 @@
 Knows nothing of models, data or files. A run's checkpoints and log are run.py's.
 """
 import contextlib
+import functools
 import hashlib
 import math
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 # A rank that hangs ends the job after this time. NCCL's default, here for gloo too.
 TIMEOUT = timedelta(minutes=10)
@@ -21,16 +24,9 @@ TIMEOUT = timedelta(minutes=10)
 # What asks a run to end: kill and torchrun, Ctrl-C, a terminal that closes, Slurm's warning.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
-# How CUDA, the CPU's allocator and cuBLAS say that memory ran out: only CUDA has an error class.
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-
 
 class InputError(ValueError):
     """Bad input. Its message is one line that names the culprit and the remedy."""
-
-    def __str__(self):
-        # A loader's worker wraps the message in a traceback: only the message counts.
-        return super().__str__().rpartition("InputError: ")[2].strip()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -40,11 +36,9 @@ def start(main, args):
     """Run a stage's main(args), under torchrun in a process group.
 
     What a user can mend ends with one line and a status of its own on every rank: 2 for bad input,
-    3 for a loss or gradient that is not finite, 4 for too little memory, 130 for a Ctrl-C before
-    catch_signals, or a second one. (In the imports, before all this, it shows a traceback.)
+    3 for a loss or gradient that is not finite, 130 for a Ctrl-C before catch_signals, or a second
+    one. (In the imports, before all this, it shows a traceback.)
     """
-    if sys.stderr is None:                                  # closed by the shell: 2>&-
-        sys.stderr = open(os.devnull, "w")
     try:
         if "RANK" in os.environ:                            # set by torchrun
             backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -54,25 +48,41 @@ def start(main, args):
         if dist.is_initialized():
             dist.destroy_process_group()
     except InputError as error:
-        end(args, error, status=2)
+        # A loader's worker wraps the message in a traceback: only the message counts.
+        end(args, str(error).rpartition("InputError: ")[2].strip(), status=2)
     except FloatingPointError as error:
         end(args, error, status=3)
     except KeyboardInterrupt:
         end(args, "interrupted at once; the same command goes on from the last checkpoint, if any",
             status=128 + signal.SIGINT)
-    except (RuntimeError, MemoryError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if isinstance(error, RuntimeError) and not any(text in reason for text in OUT_OF_MEMORY):
-            raise
-        remedy = "raise --accumulate with --resume force"
-        if hasattr(args, "checkpoint_activations"):
-            remedy = f"take --checkpoint-activations, or {remedy}"
-        end(args, f"out of memory ({reason}); what was saved is intact: {remedy}", status=4)
-    finally:
-        # A loader's workers ignore SIGTERM: after an error the process would wait for them.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in multiprocessing.active_children():
-            worker.kill()
+
+
+def cleans_up(main):
+    """Decorates a stage's main(args): whatever ends it, its loaders' workers end with it.
+
+    The signal handlers are put back too, as main may be called from a notebook.
+    """
+    @functools.wraps(main)
+    def clean(args):
+        workers_before = multiprocessing.active_children()
+        handlers = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGCHLD)}
+        try:
+            return main(args)
+        finally:
+            if in_main_thread():
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+            # They ignore SIGTERM: after an error the process would wait for them.
+            for worker in multiprocessing.active_children():
+                if worker not in workers_before:
+                    worker.kill()
+                    worker.join()
+    return clean
+
+
+def in_main_thread():
+    """Only there does Python set signal handlers."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def launch_tool(name, main):
@@ -118,12 +128,8 @@ def end(args, message, status):
 def say(text, stream="stdout"):
     """Print a line. Never ends a run: the reader of a pipe may be gone, or a disk full."""
     try:
-        try:
-            print(text, file=getattr(sys, stream), flush=True)
-        except UnicodeEncodeError:                          # a terminal, or a locale, of ASCII
-            plain = text.encode("ascii", "backslashreplace").decode()
-            print(plain, file=getattr(sys, stream), flush=True)
-    except OSError:
+        print(text, file=getattr(sys, stream), flush=True)
+    except (OSError, ValueError):
         setattr(sys, stream, open(os.devnull, "w"))         # nothing more is flushed there
 
 
@@ -145,7 +151,7 @@ def catch_signals():
                 os.write(2, b"a checkpoint is written after this step or evaluation; "
                             b"Ctrl-C again ends at once\n")    # print may be what it interrupts
 
-    for number in SIGNALS:
+    for number in SIGNALS if in_main_thread() else ():
         # nohup has SIGHUP ignored: so it stays. (A script's "&" has SIGINT ignored, but kill -INT
         # may still ask for the checkpoint.)
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -170,6 +176,18 @@ def device():
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def ddp(module):
+    """DDP under torchrun, else the module itself.
+
+    Buffers are left alone: model.Quantizer keeps its codes the same on all ranks itself.
+    """
+    if not dist.is_initialized():
+        return module
+    device = next(module.parameters()).device
+    gpu = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=gpu, broadcast_buffers=False)
 
 
 def hardware():

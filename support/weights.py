@@ -57,13 +57,14 @@ def load(path, stages=("teacher", "tokenizer", "pretrain", "finetune")):
     """
     state = read_state(path, stages)
     model = restore(path, state)
-    evaluation = data.evaluation(model.image_size, state["args"].get("eval_crop", 0.875))
+    known = state["args"] | state.get("identity", {})
+    evaluation = data.evaluation(model.image_size, known.get("eval_crop", 0.875))
     model.preprocess = T.Compose([data.open_image, evaluation])
     model.classes = class_names(state)
     return model.eval().requires_grad_(False)
 
 
-def read_state(path, stages=None, flag="", made_by=""):
+def read_state(path, stages=None, flag=""):
     """checkpoint.load, which also takes the folders that tools/export.py writes."""
     folder = Path(path)
     if (folder / "config.json").exists():
@@ -73,7 +74,7 @@ def read_state(path, stages=None, flag="", made_by=""):
                              f"expected one of {' or '.join(stages)}")
         return state
     teacher = folder / "checkpoint.pth.tar"
-    return checkpoint.load(teacher if teacher.exists() else path, stages, flag, made_by)
+    return checkpoint.load(teacher if teacher.exists() else path, stages, flag)
 
 
 def read_own(args, classes):
@@ -81,8 +82,7 @@ def read_own(args, classes):
 
     Raises InputError where it is of another stage or has another number of classes.
     """
-    made_by = f"{args.stage}.py --recipe {args.recipe}"
-    state = checkpoint.load(args.init, [args.stage], "--init", made_by)
+    state = checkpoint.load(args.init, [args.stage], "--init")
     found = state["model_args"].get("classes")
     if found != classes:
         raise InputError(f"--init {args.init}: has {found} classes, --data {args.data} {classes}")
@@ -109,7 +109,7 @@ def restore(source, state):
 
 def class_names(state):
     """Names of the classes of one of our checkpoints; None where it has none."""
-    return state["args"].get("class_names")
+    return (state["args"] | state.get("identity", {})).get("class_names")
 
 
 def refuse_other_names(source, state, data, names):
@@ -215,14 +215,12 @@ def add_arguments(p, also="none: from scratch"):
 
 
 def read(args):
-    """The contents of --init, None for none. Its digest is an argument, compared on resuming."""
-    state = None
-    if args.init != "none":
-        maker = "finetune.py" if args.eval else "pretrain.py"
-        state = read_state(args.init, None, "--init", f"{maker} --recipe {args.recipe}")
-        state.pop("optimizer", None)                        # twice as large as the weights
-    args.init_digest = state.get("digest") if state is not None else None
-    return state
+    """The contents of --init, None for none; their digest, or --init itself where it has none."""
+    if args.init == "none":
+        return None, args.init
+    state = read_state(args.init, None, "--init")
+    state.pop("optimizer", None)                            # twice as large as the weights
+    return state, state.get("digest", args.init)
 
 
 def begin(args, state, image_size, classes=0):
@@ -321,17 +319,16 @@ def refuse_others(verb, keys):
 # ------------------------------------------------------------------------------------------------
 # The perceptual network
 
-def perceptual_network(source, recipe="paper"):
+def perceptual_network(source):
     """The network behind L_percep, and a digest of its weights.
 
     source: a key of DOWNLOADS, or the path of one of these files, of a teacher.py run, or of a
-    finetune.py run (a supervised network). recipe: that of teacher.py, for the message. Raises
-    InputError where there are no such weights.
+    finetune.py run (a supervised network).
     """
     if source in DOWNLOADS and not Path(source).exists():
         state = download(source)
     else:
-        state = read_state(source, None, "--perceptual", f"teacher.py --recipe {recipe}")
+        state = read_state(source, None, "--perceptual")
     stage = state.get("stage")
     if stage in ("teacher", "finetune"):
         return restore(f"--perceptual {source}", state), state["digest"]

@@ -18,7 +18,6 @@ import pretrain
 import segment
 import teacher
 import tokenizer
-from support import launch
 
 # Bits depend on the number of threads, and the tensors are too small to share out.
 torch.set_num_threads(1)
@@ -53,8 +52,6 @@ OWN = {
     "detect": ["--image-size", "32", "--max-size", "32", "--channels", "16",
                "--boxes", "16", "--drop-path", "0.1"],
 }
-# What stops a run. A stage catches them for good.
-HANDLERS = {number: signal.getsignal(number) for number in launch.SIGNALS}
 
 
 def end_workers():
@@ -90,14 +87,6 @@ def run(stage, *flags):
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """Give SIGTERM and SIGINT back, so that Ctrl-C still stops the tests."""
-    yield
-    for number, handler in HANDLERS.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

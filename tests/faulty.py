@@ -38,13 +38,13 @@ def last_rank():
 
 
 def before_check(action):
-    """Call action(run) before Run.check_finite."""
-    check_finite = Run.check_finite
+    """Call action(run) before Run.agree."""
+    agree = Run.agree
 
-    def wrapped(self, samples):
+    def wrapped(self):
         action(self)
-        check_finite(self, samples)
-    Run.check_finite = wrapped
+        agree(self)
+    Run.agree = wrapped
 
 
 def record(folder):
@@ -128,15 +128,16 @@ def nan_in_loss():
 
 
 def nan_in_gradient():
-    distribute = Run.distribute
+    begin = Run.__init__
 
-    def poisoned(self, module):
+    def poisoned(self, args, optimizer, model_args, modules, identity):
+        begin(self, args, optimizer, model_args, modules, identity)
+
         def poison(gradient):
             return gradient * math.nan if self.step == 2 and last_rank() else gradient
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        parameters = [p for p in modules["model"].parameters() if p.requires_grad]
         parameters[-1].register_hook(poison)
-        return distribute(self, module)
-    Run.distribute = poisoned
+    Run.__init__ = poisoned
 
 
 def touch(where):

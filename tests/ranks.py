@@ -48,7 +48,7 @@ def new_run(module, folder):
                      seed=0, resume="auto", save_every=100, log_every=100, data="synthetic:8",
                      amp="fp32")
     optimizer = torch.optim.SGD(list(module.named_parameters()), lr=0.1)
-    return Run(args, 8, optimizer, model_args={}, modules=dict(model=module))
+    return Run(args, optimizer, model_args={}, modules=dict(model=module), identity=dict(images=8))
 
 
 def quantizer():
@@ -89,7 +89,7 @@ def batch_norm():
     return dict(share=y.detach(), gradient=x.grad, weight=norm.weight.grad, bias=norm.bias.grad)
 
 
-def moco(folder):
+def moco():
     """Loss and gradients of a step, in a DDP wrapper where there are ranks."""
     torch.manual_seed(0)
     encoder = VisionTransformer(8, 4, dim=16, depth=2, heads=2, positions="absolute",
@@ -97,7 +97,7 @@ def moco(folder):
     network = teacher.MoCo(encoder, 32, 8, 0.2).double()
     x1 = share(torch.rand(8, 3, 8, 8, generator=seeded(1)).double() * 2 - 1)
     x2 = share(torch.rand(8, 3, 8, 8, generator=seeded(2)).double() * 2 - 1)
-    wrapped = new_run(network, folder).distribute(network)  # kept: it averages in the backward pass
+    wrapped = launch.ddp(network)                           # kept: it averages in the backward pass
     loss, hits = wrapped(x1, x2)
     loss.backward()
     values = torch.stack([loss.detach(), hits])
@@ -183,31 +183,7 @@ def trouble(folder):
 
 def check(run, **values):
     run.add(**{name: torch.tensor(value) for name, value in values.items()})
-    run.check_finite(lambda step, rank: [step, 10 + rank])
-
-
-def gradient_of_one_rank(folder):
-    """A gradient that is not finite on the last rank alone, after DDP has averaged it.
-
-    Then a loss that is not finite on any rank.
-    """
-    torch.manual_seed(0)
-    module = torch.nn.Linear(3, 2)
-    run = new_run(module, folder)
-    network = run.distribute(module)
-    found = []
-    for factor, value in ((1.0, 1.0), (math.nan, 1.0), (1.0, math.inf)):
-        run.due(3)
-        loss = network(torch.ones(4, 3)).sum()
-        (loss * (factor if last_rank() else 1.0)).backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters()])
-        try:
-            check(run, loss=value, grad_norm=norm.item())
-            found.append("finite")
-        except FloatingPointError as error:
-            found.append(str(error))
-        module.zero_grad()
-    return found
+    run.agree()
 
 
 def accumulation(folder):
@@ -215,7 +191,7 @@ def accumulation(folder):
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 1).double()
     run = new_run(module, folder)
-    network = run.distribute(module)
+    network = launch.ddp(module)
     history = []
     batch = torch.randn(12, 3, generator=seeded(3)).double()
     for rows in run.accumulate(batch.chunk(3), network):
@@ -236,10 +212,10 @@ def storage_that_is_not_shared(folder):
 
 def checks(folder):
     """All of them, by name. folder: this rank's own; each run has one in it."""
-    found = dict(quantizer=quantizer(), batch_norm=batch_norm(), evaluation=evaluation())
+    found = dict(quantizer=quantizer(), batch_norm=batch_norm(), moco=moco(),
+                 evaluation=evaluation())
     (folder / "dense").mkdir(parents=True)
-    for one in (moco, dense, trouble, gradient_of_one_rank, accumulation,
-                storage_that_is_not_shared):
+    for one in (dense, trouble, accumulation, storage_that_is_not_shared):
         found[one.__name__] = one(folder / one.__name__)
     return found
 

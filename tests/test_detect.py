@@ -380,7 +380,7 @@ def test_training_begins_from_the_pre_trained_weights(chain):
     vit = network.backbone.pyramid.vit
     assert torch.equal(vit.blocks[0].mlp.fc1.weight, state["model"]["blocks.0.mlp.fc1.weight"])
     assert network.transform.min_size == (32,) and network.transform.max_size == 32
-    assert newest(chain.detect)["args"]["init_digest"] == state["digest"]
+    assert newest(chain.detect)["identity"]["init"] == state["digest"]
 
 
 def test_a_network_without_weights(chain):

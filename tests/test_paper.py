@@ -365,7 +365,7 @@ def test_table1_sizes(runs):
         assert (vit.patch_size, vit.grid) == (patch, 4)
         assert torch.allclose(state["model"]["blocks.0.gamma_1"], torch.tensor(1e-5), atol=1e-5)
         tuned = runs[f"runs/{size}/finetune"]
-        assert tuned["args"]["init_digest"] == state["digest"]
+        assert tuned["identity"]["init"] == state["digest"]
         scales = {group["lr_scale"] for group in tuned["optimizer"]["param_groups"]}
         depth = len(vit.blocks)
         assert scales == {0.75 ** layer for layer in range(depth + 2)}
@@ -386,13 +386,13 @@ def test_table2_tokenizers(runs):
     assert convolutions(peco.encoder)[0] == convolutions(lite.encoder)[0] == 16
     assert convolutions(peco.encoder) != convolutions(lite.encoder)
     digest = runs["runs/lite/tokenizer"]["digest"]
-    assert runs["runs/lite/pretrain"]["args"]["tokenizer_digest"] == digest
+    assert runs["runs/lite/pretrain"]["identity"]["tokenizer"] == digest
 
 
 def test_table3_begins_from_the_pre_trained_vit(runs):
     digest = runs["runs/paper/pretrain"]["digest"]
-    assert runs["runs/paper/segment"]["args"]["init_digest"] == digest
-    assert runs["runs/paper/detect"]["args"]["init_digest"] == digest
+    assert runs["runs/paper/segment"]["identity"]["init"] == digest
+    assert runs["runs/paper/detect"]["identity"]["init"] == digest
 
 
 def test_table5_perceptual_networks(runs):
@@ -402,7 +402,7 @@ def test_table5_perceptual_networks(runs):
                   ["--perceptual", "vgg16", "--output", "runs/vgg/tokenizer"]):
         folder = runs.make(("tokenizer", *flags))
         assert all(row["perceptual"] > 0 for row in log(folder))
-        digests.add(newest(folder)["args"]["perceptual_digest"])
+        digests.add(newest(folder)["identity"]["perceptual"])
     assert len(digests) == 4
     assert all(row["perceptual"] == 0 for row in log(runs.make(MAKERS["runs/pixel/tokenizer"])))
 
@@ -426,7 +426,7 @@ def test_table8_a_masked_autoencoder_for_every_task(runs):
     assert state["decoder"]["head.weight"].shape == (32, 32)                    # of K codes
     for stage, vit in (("finetune", ""), ("segment", "vit"), ("detect", "vit")):
         tuned = runs[f"runs/mae/{stage}"]
-        assert tuned["args"]["init_digest"] == state["digest"]
+        assert tuned["identity"]["init"] == state["digest"]
         model_args = tuned["model_args"]
         assert (model_args[vit] if vit else model_args)["positions"] == "absolute"
 

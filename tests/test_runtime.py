@@ -1,13 +1,16 @@
 """Arguments, schedule, seeds, how a stage starts and ends."""
 import math
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from argparse import Namespace
 
 import pytest
 import torch
 
+import data
 from support import flags, launch
 from support.launch import InputError
 
@@ -160,8 +163,7 @@ def test_ctrl_c_before_the_first_step_ends_with_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         start(KeyboardInterrupt())
     assert stop.value.code == 130
-    message, = capsys.readouterr().err.splitlines()
-    assert message.startswith("teacher.py: interrupted at once; the same command goes on")
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_anything_is_loaded(capsys):
@@ -178,13 +180,58 @@ def test_other_errors_keep_their_traceback(error):
         start(error)
 
 
-def test_an_input_error_out_of_a_worker_is_its_message_alone():
-    wrapped = InputError("Caught InputError in DataLoader worker process 0.\nTraceback …\n"
-                         "launch.InputError: a.jpg: not a readable image\n")
-    assert str(wrapped) == "a.jpg: not a readable image"
+def test_an_input_error_out_of_a_worker_is_its_message_alone(capsys):
+    with pytest.raises(SystemExit):
+        start(InputError("Caught InputError in DataLoader worker process 0.\nTraceback …\n"
+                         "launch.InputError: a.jpg: not a readable image\n"))
+    assert capsys.readouterr().err == "teacher.py: a.jpg: not a readable image\n"
 
 
-def test_a_signal_is_remembered(capfd):
+@pytest.fixture
+def handlers():
+    """Puts back what catch_signals sets outside a stage's main()."""
+    before = {number: signal.getsignal(number) for number in launch.SIGNALS}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("error", [None, KeyError("a bug"), SystemExit(143)])
+def test_whatever_ends_a_stage_nothing_of_it_is_left(error, handlers):
+    """As when its main() is called in a notebook."""
+    @launch.cleans_up
+    def main(args):
+        launch.catch_signals()
+        dataset = torch.utils.data.TensorDataset(torch.zeros(1000))
+        args.batches = iter(data.make_loader(dataset, [[i] for i in range(1000)], workers=2))
+        next(args.batches)
+        assert len(multiprocessing.active_children()) == 2      # the control
+        assert signal.getsignal(signal.SIGINT) != handlers[signal.SIGINT]
+        if error:
+            raise error
+        return "row"
+
+    args = Namespace()
+    if error:
+        with pytest.raises(type(error)):
+            main(args)
+    else:
+        assert main(args) == "row"
+    assert multiprocessing.active_children() == []
+    assert {number: signal.getsignal(number) for number in launch.SIGNALS} == handlers
+
+
+def test_a_stage_in_a_thread_catches_no_signals(handlers):
+    caught = []
+    thread = threading.Thread(
+        target=launch.cleans_up(lambda args: caught.append(launch.catch_signals())), args=[None])
+    thread.start()
+    thread.join()
+    assert caught == [[]]
+    assert {number: signal.getsignal(number) for number in launch.SIGNALS} == handlers
+
+
+def test_a_signal_is_remembered(capfd, handlers):
     caught = launch.catch_signals()
     assert caught == []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -258,7 +305,7 @@ def test_what_is_printed_never_ends_a_run(monkeypatch):
         tell("again")
 
 
-def test_nohup_keeps_a_run_from_the_terminals_end_and_nothing_else():
+def test_nohup_keeps_a_run_from_the_terminals_end_and_nothing_else(handlers):
     for number in launch.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     launch.catch_signals()

@@ -441,7 +441,7 @@ def test_training_begins_from_the_pre_trained_weights(chain):
     assert torch.equal(vit.blocks[3].attn.relative_position_bias_table,
                        weights["rel_pos_bias.relative_position_bias_table"])
     assert vit.blocks[3].drop_path.p == pytest.approx(0.1)
-    assert newest(chain.segment)["args"]["init_digest"] == state["digest"]
+    assert newest(chain.segment)["identity"]["init"] == state["digest"]
 
 
 def test_a_network_without_weights(chain):

@@ -108,7 +108,7 @@ def test_pretraining_begins_fine_tuning(chain):
     assert torch.equal(network.pos_embed, state["model"]["pos_embed"])
     fc1 = state["model"]["blocks.0.mlp.fc1.weight"]
     assert torch.equal(network.blocks[0].mlp.fc1.weight, fc1)
-    assert newest(chain.finetune)["args"]["init_digest"] == state["digest"]
+    assert newest(chain.finetune)["identity"]["init"] == state["digest"]
 
 
 def test_the_other_vit_begins_fine_tuning_and_a_new_one_is_the_papers(chain):
@@ -206,7 +206,7 @@ def test_published_beit_file_begins_fine_tuning(positions, layer_scale):
     own, given = network.eval().tokens(x, [4])[0], source.tokens(x, [4])[0]
     assert torch.allclose(own, given, atol=1e-5 * given.abs().max().item())
     run("finetune", "--init", "beit.pth", "--steps", "1", "--output", "run")
-    assert newest("run")["args"]["init_digest"] is None
+    assert newest("run")["identity"]["init"] is None
 
 
 def test_a_file_with_its_arguments_beside_the_weights(chain):

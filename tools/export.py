@@ -54,11 +54,12 @@ def settings(state):
         config["id2label"] = dict(enumerate(names))
         config["label2id"] = {name: i for i, name in enumerate(names)}
     side = vit["image_size"]
+    crop = (state["args"] | state.get("identity", {})).get("eval_crop", 0.875)
     processor = dict(           # BEiT's own squashes the image to a square; CLIP's does as we do
         image_processor_type="CLIPImageProcessor",
         do_convert_rgb=True,
         do_resize=True,
-        size=dict(shortest_edge=round(side / state["args"].get("eval_crop", 0.875))),
+        size=dict(shortest_edge=round(side / crop)),
         resample=3,                                         # bicubic
         do_center_crop=True,
         crop_size=dict(height=side, width=side),
