@@ -84,14 +84,14 @@ def load_images(name, split, image_size):
     if name.partition(":")[0] == "synthetic" or name in CIFAR:
         return load_dataset(name, split, image_size)
     folder = subfolder(name, remedy="pass a folder of images")
-    val = folder / "val"
+    val, train = folder / "val", folder / "train"
+    if not train.is_dir():
+        refuse_deeper_splits(folder)
+        train = folder
     if split == "val" and val.is_dir():
         paths = image_files(val)
-    elif (folder / "train").is_dir():
-        paths = image_files(folder / "train", leave_out=val)
     else:
-        refuse_deeper_splits(folder)
-        paths = image_files(folder, leave_out=val)
+        paths = image_files(train, leave_out=val)
     if not val.is_dir():
         held_out = paths[::HELD_OUT]
         paths = held_out if split == "val" else sorted(set(paths).difference(held_out))
@@ -128,11 +128,8 @@ class Labelled(ImageFolder):
     """torchvision's ImageFolder: a folder for each class."""
 
     def __init__(self, folder):
-        def is_valid(path):
-            return is_image(path) and f"{os.sep}." not in path[len(str(folder)):]
-
         try:
-            super().__init__(folder, loader=decode, is_valid_file=is_valid)
+            super().__init__(folder, loader=decode, is_valid_file=is_image)
         except FileNotFoundError as error:                  # a class without images
             raise InputError(f"--data {folder}: {error}") from error
 
@@ -195,7 +192,7 @@ def subfolder(root, *parts, remedy="see the README for the layout"):
 
 
 def refuse_deeper_splits(root):
-    """Refuse a folder around the dataset's own, such as that of Kaggle's ILSVRC/Data/CLS-LOC."""
+    """Refuse a folder around the dataset's own, such as Kaggle's, of ILSVRC/Data/CLS-LOC."""
     for parent, names, _ in os.walk(root):
         if {"train", "val"} <= set(names) and Path(parent) != Path(root):
             raise InputError(f"--data {root}: train/ and val/ lie deeper: take --data {parent}")
@@ -204,16 +201,13 @@ def refuse_deeper_splits(root):
 # ------------------------------------------------------------------------------------------------
 # Images
 
-def decode(file):
-    """The upright RGB image of a file. Raises OSError, SyntaxError, ValueError where it is bad."""
-    return to_rgb(Image.open(file))
-
-
-def to_rgb(image):
-    """PIL image → upright and RGB; 16 bits become 8, and 32 are refused: their range is unknown."""
+def decode(image):
+    """The upright RGB image of a file or a PIL image; of 16 bits each, the upper 8 count."""
+    if not isinstance(image, Image.Image):
+        image = Image.open(image)
     image.load()
     if image.mode == "F" or (image.mode, image.format) == ("I", "TIFF"):
-        raise ValueError("32-bit pixels: convert it to 8 bits")
+        raise ValueError("32-bit pixels, of unknown range: convert it to 8 bits")
     with contextlib.suppress(Exception):                    # damaged EXIF; the pixels are sound
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):                          # 16 bits; PIL would clip them at 255
@@ -222,11 +216,7 @@ def to_rgb(image):
 
 
 def open_image(image):
-    """The upright RGB image of a path or a PIL image."""
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if not isinstance(image, (str, Path)):
-        raise InputError(f"an image is a path or a PIL image, not {type(image).__name__}")
+    """The same, for those who load a network: the InputError names the file."""
     try:
         return decode(image)
     except UNREADABLE as error:
@@ -255,12 +245,9 @@ def save_rows(rows, file):
 # TrainLoader makes floats of it on the device: a quarter of the bytes to hand over.
 
 def crop_and_flip(size, crop_min=0.08):
-    """Of tokenizer.py (our choice, the paper is silent) and pretrain.py [BEiT], which adds jitter.
-
-    On tensors: torchvision's bicubic of uint8 tensors is faster than PIL's.
-    """
+    """Of tokenizer.py (our choice, the paper is silent) and pretrain.py [BEiT], which jitters."""
     return T.Compose([
-        T.PILToTensor(),
+        T.PILToTensor(),                                    # whose bicubic is faster than PIL's
         T.RandomResizedCrop(size, (crop_min, 1), interpolation=BICUBIC),
         T.RandomHorizontalFlip(),
     ])
@@ -292,16 +279,15 @@ def teacher(size, crop_min=0.08):
     kernel = int(0.1 * size) // 2 * 2 + 1                   # odd
 
     def view(blur, solarize):
-        steps = [
+        return T.Compose([
             T.RandomResizedCrop(size, (crop_min, 1)),
             T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
             T.RandomGrayscale(0.2),
-        ]
-        if size >= 64:
-            steps.append(T.RandomApply([T.GaussianBlur(kernel, (0.1, 2.0))], p=blur))
-        steps.append(T.RandomSolarize(128, p=solarize))
-        steps.append(T.RandomHorizontalFlip())
-        return T.Compose([*steps, T.PILToTensor()])
+            T.RandomApply([T.GaussianBlur(kernel, (0.1, 2.0))], p=blur if size >= 64 else 0.0),
+            T.RandomSolarize(128, p=solarize),
+            T.RandomHorizontalFlip(),
+            T.PILToTensor(),
+        ])
 
     return view(blur=1.0, solarize=0.0), view(blur=0.1, solarize=0.2)
 
@@ -331,7 +317,7 @@ def evaluation(size, crop=0.875):
 
 
 # ------------------------------------------------------------------------------------------------
-# Samples
+# Samples and loaders
 
 def read(dataset, index):
     """(RGB image, target) of a dataset. Where an image is bad, the InputError names its file."""
@@ -360,9 +346,6 @@ class Samples(Dataset):
             return self.transform(image), target
         return self.transform(image, target)                # masks and boxes move with the image
 
-
-# ------------------------------------------------------------------------------------------------
-# Loaders
 
 class GlobalBatches(Sampler):
     """This rank's micro-batches of (epoch, index), from step `start` to step `stop`.
@@ -410,8 +393,8 @@ class TrainLoader:
         self.device, self.accumulate = device, args.accumulate
         self.batches = GlobalBatches(
             indices, args.batch_size, launch.micro_batch(args), start, stop, args.seed)
-        samples = Samples(dataset, transform, args.seed)
-        self.loader = make_loader(samples, self.batches, args.workers, collate)
+        self.loader = make_loader(
+            Samples(dataset, transform, args.seed), self.batches, args.workers, collate)
 
     def __iter__(self):
         step = []
