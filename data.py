@@ -16,7 +16,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 from torchvision.utils import make_grid, save_image
@@ -33,7 +33,6 @@ CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datase
 HELD_OUT = 20                   # every 20th image is evaluated where there is no val/; our choice
 BICUBIC = InterpolationMode.BICUBIC                         # BEiT's
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)   # what PIL raises
-GREY = (0.2989, 0.587, 0.114)                               # ITU-R 601, as in torchvision
 
 
 def add_arguments(p, layout=LAYOUT, augment=True):
@@ -66,12 +65,19 @@ def load_dataset(name, split, image_size, root="data"):
         return Synthetic(split, synthetic_number(name, split), image_size)
     if name in CIFAR:
         return cifar(name, split, root)
-    dataset = Labelled(subfolder(name, split, remedy="labels are the folders of DIR/train/CLASS/"))
-    if Path(name, "train").is_dir():                        # an evaluation needs none
-        differing = set(dataset.classes) ^ set(dataset.find_classes(Path(name, "train"))[0])
-        if differing:
-            raise InputError(f"--data {name}: train/ and val/ have different classes: only one of "
-                             f"them has {min(differing)}")
+    folder = subfolder(name, split, remedy="labels are the names of folders: DIR/train/CLASS/")
+    train = Path(name, "train")
+    try:
+        dataset = ImageFolder(folder, loader=decode, is_valid_file=is_image)
+        differing = set()
+        if train.is_dir():                                  # an evaluation needs none
+            differing = set(dataset.classes) ^ set(find_classes(train)[0])
+    except FileNotFoundError as error:                      # no class folders, or an empty one
+        raise InputError(f"--data {folder}: {error}; labels are the names of folders, so sort the "
+                         "images into them (docs/faq.md: how for ImageNet's val/)") from error
+    if differing:
+        raise InputError(f"--data {name}: train/ and val/ have different classes: only one of "
+                         f"them has {min(differing)}")
     return dataset
 
 
@@ -121,27 +127,6 @@ def label_subset(targets, fraction, seed):
     return np.sort(np.concatenate(kept)).tolist()
 
 
-# ------------------------------------------------------------------------------------------------
-# Images in folders. Hidden files and folders, such as macOS's ._x.jpg, do not count.
-
-class Labelled(ImageFolder):
-    """torchvision's ImageFolder: a folder for each class."""
-
-    def __init__(self, folder):
-        try:
-            super().__init__(folder, loader=decode, is_valid_file=is_image)
-        except FileNotFoundError as error:                  # a class without images
-            raise InputError(f"--data {folder}: {error}") from error
-
-    def find_classes(self, folder):
-        names = sorted(path.name for path in Path(folder).glob("[!.]*") if path.is_dir())
-        if not names:
-            raise InputError(
-                f"--data {folder}: no class folders in it; labels are the names of folders, and "
-                "ImageNet's val/ must be sorted into such folders (docs/faq.md says how)")
-        return names, {name: label for label, name in enumerate(names)}
-
-
 class Unlabelled(Dataset):
     """Image files: (RGB image, 0)."""
     classes = ["unlabelled"]
@@ -158,6 +143,7 @@ class Unlabelled(Dataset):
 
 
 def is_image(path):
+    """Whether a file is one by its name. Hidden ones, such as macOS's ._x.jpg, do not count."""
     name = os.path.basename(path)
     return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
 
@@ -184,10 +170,9 @@ def subfolder(root, *parts, remedy="see the README for the layout"):
     """The folder root/parts of --data."""
     folder = Path(root, *parts)
     if not folder.is_dir():
-        if not Path(root).is_dir():
-            raise InputError(f"--data {root}: no such folder; {remedy}")
         refuse_deeper_splits(root)
-        raise InputError(f"--data {root}: it has no {'/'.join(parts)}/ folder; {remedy}")
+        why = f"it has no {'/'.join(parts)}/ folder" if Path(root).is_dir() else "no such folder"
+        raise InputError(f"--data {root}: {why}; {remedy}")
     return folder
 
 
@@ -206,7 +191,7 @@ def decode(image):
     if not isinstance(image, Image.Image):
         image = Image.open(image)
     image.load()
-    if image.mode == "F" or (image.mode, image.format) == ("I", "TIFF"):
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
         raise ValueError("32-bit pixels, of unknown range: convert it to 8 bits")
     with contextlib.suppress(Exception):                    # damaged EXIF; the pixels are sound
         image = ImageOps.exif_transpose(image)
@@ -260,9 +245,7 @@ def color_jitter(images, factors):
     this order (torchvision draws the order). BEiT jitters first. After crop and flip it comes to
     the same, but for contrast's pivot: it is the mean of the crop, not that of the image.
     """
-    def grey(x):
-        return (x * x.new_tensor(GREY).view(3, 1, 1)).sum(1, keepdim=True)      # (B, 1, H, W)
-
+    grey = T.functional.rgb_to_grayscale                                        # (B, 1, H, W)
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)    # (B, 1, 1, 1)
     x = (brightness * (images + 1) / 2).clamp(0, 1)
     x = torch.lerp(grey(x).mean((2, 3), keepdim=True), x, contrast).clamp(0, 1)
@@ -388,8 +371,7 @@ class TrainLoader:
     """
 
     def __init__(self, dataset, transform, args, start, stop, device, indices=None, collate=None):
-        if indices is None:
-            indices = range(len(dataset))
+        indices = range(len(dataset)) if indices is None else indices
         self.device, self.accumulate = device, args.accumulate
         self.batches = GlobalBatches(
             indices, args.batch_size, launch.micro_batch(args), start, stop, args.seed)
@@ -408,8 +390,7 @@ class TrainLoader:
 
 def eval_loader(dataset, transform, batch_size, workers, indices=None, collate=None):
     """Every image exactly once over all ranks, with no padding: each rank its own share."""
-    if indices is None:
-        indices = range(len(dataset))
+    indices = range(len(dataset)) if indices is None else indices
     keys = [(0, index) for index in indices][rank()::world_size()]
     batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
     return make_loader(Samples(dataset, transform, seed=0), batches, workers, collate)
