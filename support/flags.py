@@ -4,7 +4,7 @@ import math
 import re
 import sys
 
-from support.launch import InputError, refuse_longer_warmup, say, warn
+from support.launch import say, warn
 
 
 def within(kind, interval):
@@ -120,11 +120,6 @@ def parse(p, recipes, argv=None):
         p.print_help()
         sys.exit(0)
     args = p.parse_args(argv)
-    if args.steps:                                          # total_steps looks at the other runs
-        try:
-            refuse_longer_warmup(given, "--warmup-steps", args.steps, "steps")
-        except InputError as error:
-            p.error(str(error))
     del args.help
     if given.lr is None:                                    # a --lr of the user's is taken as typed
         args.lr *= args.batch_size / recipe["batch_size"]

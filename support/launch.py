@@ -1,7 +1,4 @@
-"""What every stage needs and the paper does not speak of: start, end, ranks, precision, schedules.
-
-Knows nothing of models, data or files. A run's checkpoints and log are run.py's.
-"""
+"""What the paper does not speak of: start, end, ranks, precision, seeds, schedule."""
 import contextlib
 import functools
 import hashlib
@@ -26,7 +23,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class InputError(ValueError):
-    """Bad input. Its message is one line that names the culprit and the remedy."""
+    """Bad input. Its message is one line that names the culprit and the remedy.
+
+    Whatever reads what a user has named may raise it.
+    """
 
 
 # ------------------------------------------------------------------------------------------------
@@ -36,8 +36,7 @@ def start(main, args):
     """Run a stage's main(args), under torchrun in a process group.
 
     What a user can mend ends with one line and a status of its own on every rank: 2 for bad input,
-    3 for a loss or gradient that is not finite, 130 for a Ctrl-C before catch_signals, or a second
-    one. (In the imports, before all this, it shows a traceback.)
+    3 for a loss or gradient that is not finite, 130 for a Ctrl-C that writes no checkpoint.
     """
     try:
         if "RANK" in os.environ:                            # set by torchrun
@@ -49,12 +48,16 @@ def start(main, args):
             dist.destroy_process_group()
     except InputError as error:
         # A loader's worker wraps the message in a traceback: only the message counts.
-        end(args, str(error).rpartition("InputError: ")[2].strip(), status=2)
+        message, status = str(error).rpartition("InputError: ")[2].strip(), 2
     except FloatingPointError as error:
-        end(args, error, status=3)
+        message, status = error, 3
     except KeyboardInterrupt:
-        end(args, "interrupted at once; the same command goes on from the last checkpoint, if any",
-            status=128 + signal.SIGINT)
+        message = "interrupted; the same command goes on from the last checkpoint, if any"
+        status = 128 + signal.SIGINT
+    else:
+        return
+    warn(f"{args.stage}.py: {message}")
+    sys.exit(status)
 
 
 def cleans_up(main):
@@ -118,11 +121,6 @@ def one_process(tool):
     """Refuse torchrun for a tool that does not share its work out."""
     if world_size() > 1:
         raise InputError(f"this counts on one process: python -m tools.{tool}")
-
-
-def end(args, message, status):
-    warn(f"{args.stage}.py: {message}")
-    sys.exit(status)
 
 
 def say(text, stream="stdout"):
@@ -230,26 +228,17 @@ def micro_batch(args):
 def total_steps(args, images):
     """Steps of an epoch and of the run over so many images; an incomplete batch is dropped."""
     if images < args.batch_size:
-        parts = world_size() * args.accumulate
-        remedy = f"try {images // parts * parts}"
-        if images < parts:
-            remedy = f"too few for {world_size()} ranks × {args.accumulate} micro-batches"
-        raise InputError(f"--batch-size {args.batch_size} is more than the {images} training "
-                         f"images: {remedy}")
+        raise InputError(
+            f"--batch-size {args.batch_size} is more than the {images} training images")
     epoch_steps = images // args.batch_size
     steps = args.steps or args.epochs * epoch_steps
-    if not args.steps:                     # --steps may cut a run short within the recipe's warm-up
-        refuse_longer_warmup(args, "--warmup-epochs", args.epochs, "epochs")
-        refuse_longer_warmup(args, "--warmup-steps", steps, "steps")
+    lengths = dict(warmup_epochs=args.epochs, warmup_steps=steps)
+    for name, length in lengths.items():
+        warmup = getattr(args, name, None) or 0
+        if not args.steps and warmup > length:              # --steps may cut a run short in it
+            raise InputError(f"--{name.replace('_', '-')} {warmup:g} is longer than the run: take "
+                             f"{length} or less, or train longer")
     return epoch_steps, steps
-
-
-def refuse_longer_warmup(args, flag, length, unit):
-    """Refuse a warm-up that would not end before the run does. length: of the run."""
-    warmup = getattr(args, flag[2:].replace("-", "_"), None) or 0
-    if warmup > length:
-        raise InputError(f"{flag} {warmup:g} is longer than the run's {length} {unit}: "
-                         f"take {flag} {length} or less, or train longer")
 
 
 def derive_seed(*numbers):

