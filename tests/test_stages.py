@@ -84,7 +84,7 @@ def read(path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_flag_is_read(stage, parsers):
-    unread = flags_of(parsers[stage]) - {"help"}
+    unread = flags_of(parsers[stage]) - {"help", "recipe"}     # parse() reads them
     for file in (f"{stage}.py", *LIBRARY):
         unread -= read(ROOT / file)
     assert not unread
@@ -142,7 +142,7 @@ def test_help_shows_the_recipes_defaults(stage, recipe, capsys, monkeypatch):
             assert found[1] == value
         else:
             assert json.loads(found[1]) == value
-    assert not re.search(r"default: (None|False|.*\d\.\d{5})", text)
+    assert not re.search(r"default: (None|False)", text)
 
 
 # ------------------------------------------------------------------------------------------------
