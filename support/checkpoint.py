@@ -80,11 +80,9 @@ def load(path, stages=None, flag=""):
     path = Path(path)
     source = f"{flag} {path}".strip()
     candidates = files(path) if path.is_dir() else [path]
-    wanted = "a checkpoint"
-    if stages:
-        wanted = "a run of " + " or ".join(f"{stage}.py" for stage in stages)
+    wanted = f"expected one of {' or '.join(stages)}" if stages else "expected a checkpoint"
     if not candidates or not candidates[0].exists():
-        raise InputError(f"{source}: nothing there, expected {wanted}: train it first")
+        raise InputError(f"{source}: nothing there, {wanted}: train it first")
     for file in candidates:
         try:
             state = load_sound(file)
@@ -97,8 +95,8 @@ def load(path, stages=None, flag=""):
             continue
         stage = state.get("stage")
         if stages and stage not in stages:
-            found = f"a run of {stage}.py" if stage else "another file"
-            raise InputError(f"{source}: found {found}, expected {wanted}")
+            found = f"a checkpoint of {stage}" if stage else "another file"
+            raise InputError(f"{source}: found {found}, {wanted}")
         return state
     raise InputError(f"{source}: no sound checkpoint ({reason}): restore one or name another")
 

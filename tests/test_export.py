@@ -118,7 +118,7 @@ def test_names_of_the_classes_travel(chain):
     config, _ = export.settings(state)
     assert config["id2label"] == dict(enumerate(names))
     assert config["label2id"] == {name: i for i, name in enumerate(names)}
-    del state["args"]["class_names"]                        # a run from before they were kept
+    del state["identity"]["class_names"]                    # a run from before they were kept
     config, _ = export.settings(state)
     assert config["id2label"][9] == "LABEL_9"
 
@@ -147,7 +147,7 @@ def test_what_is_exported_is_taken_back(stage, chain, capsys):
     if stage == "pretrain":
         mask = (torch.arange(16) % 3 == 0).view(1, 4, 4)
     assert torch.equal(own(pixels[None], mask), back(pixels[None], mask))
-    begun = [weights.begin(args, weights.read(args), 32, 10)[0].state_dict() for args in (
+    begun = [weights.begin(args, weights.read(args)[0], 32, 10)[0].state_dict() for args in (
         finetune.get_args(["--recipe", "demo", "--init", f"{stage}.pt"]),
         finetune.get_args(["--recipe", "demo", "--model", "tiny", "--init", "folder"]))]
     assert "--statistics" not in capsys.readouterr().out    # they are what the flag says
@@ -269,7 +269,7 @@ def test_a_teacher_is_a_file_of_moco_v3s(chain):
 
     for path in ("folder", "folder/checkpoint.pth.tar"):
         args = finetune.get_args(["--recipe", "demo", "--init", path])
-        again, *_ = weights.begin(args, weights.read(args), image_size=32)
+        again, *_ = weights.begin(args, weights.read(args)[0], image_size=32)
         expected = own.state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())
 
