@@ -363,6 +363,7 @@ def evaluate(args, model, dataset, device):
     One image at a time: beside a larger one it would be padded, and the ViT sees the padding.
     """
     model.eval()
+    launch.broadcast_buffers(model)
     results = []
     loader = data.eval_loader(dataset, transform(train=False), 1, args.workers,
                               collate=data.as_lists)
@@ -426,7 +427,7 @@ def main(args):
     torch.manual_seed(args.seed)
     state, digest = weights.read(args)
     model, model_args = build(args, classes, state)
-    model.to(device)
+    model = launch.sync_batch_norm(model.to(device), device)
     model.backbone.autocast = launch.autocast(args, device)
     groups = param_groups(model, args.weight_decay, args.layer_decay, vit="backbone.pyramid.vit")
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)

@@ -865,8 +865,7 @@ class ViTPyramid(nn.Module):
     """A ViT's patch maps at ×4, ×2, ×1, ×½ of its grid, for dense prediction (PeCo, supplement).
 
     Images (B, 3, H, W) → four maps (B, D, ·, ·), tapped after blocks 4, 6, 8 and 12 of 12, in that
-    proportion at other depths. GroupNorm, 16 channels a group, stands in for BEiT's SyncBatchNorm
-    (our choice): an image's result does not depend on its batch.
+    proportion at other depths [BEiT].
     """
 
     def __init__(self, vit):
@@ -876,7 +875,7 @@ class ViTPyramid(nn.Module):
         self.vit = vit
         self.layers = [max(1, round(depth * i / 12)) for i in (4, 6, 8, 12)]
         self.up4 = nn.Sequential(
-            nn.ConvTranspose2d(dim, dim, 2, 2), nn.GroupNorm(dim // 16, dim), nn.GELU(),
+            nn.ConvTranspose2d(dim, dim, 2, 2), nn.BatchNorm2d(dim), nn.GELU(),
             nn.ConvTranspose2d(dim, dim, 2, 2))
         self.up2 = nn.ConvTranspose2d(dim, dim, 2, 2)
 

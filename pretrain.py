@@ -189,10 +189,11 @@ def build(args, codes):
 
 
 def mae_decoder(size):
-    """MAE's decoder: 8 blocks of 512 for ViT-B and larger [MAE]; less for smaller ones [ours]."""
+    """MAE's decoder for ViT-B and larger [MAE]; half the depth of a smaller ViT [ours]."""
     width, depth = SIZES[size]["dim"], SIZES[size]["depth"]
-    dim = min(512, width)
-    return dict(dim=dim, depth=min(8, depth // 2), heads=max(dim // 32, 1))
+    if width >= 768:
+        return dict(dim=512, depth=8, heads=16)
+    return dict(dim=width, depth=depth // 2, heads=max(width // 32, 1))
 
 
 # ------------------------------------------------------------------------------------------------

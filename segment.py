@@ -217,10 +217,10 @@ def eval_transform(size):
 # The network
 
 def conv(inputs, outputs, kernel):
-    """Convolution, norm, ReLU. GroupNorm stands in for BEiT's SyncBatchNorm, as in ViTPyramid."""
+    """Convolution, batch norm, ReLU [mmsegmentation]."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
-        nn.GroupNorm(outputs // 16, outputs),
+        nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True))
 
 
@@ -374,6 +374,7 @@ def evaluate(args, model, dataset, device):
     Writes pictures of the first ones and classes.md, a table, into args.output.
     """
     model.eval()
+    launch.broadcast_buffers(model)
     folder = Path(args.output)
     classes = len(dataset.classes)
     autocast = launch.autocast(args, device)
@@ -432,7 +433,11 @@ def main(args):
     torch.manual_seed(args.seed)
     state, digest = weights.read(args)
     model, model_args = build(args, classes, state)
-    model.to(device)
+    model = launch.sync_batch_norm(model.to(device), device)
+    synced = device.type == "cuda" and launch.world_size() > 1
+    if launch.micro_batch(args) == 1 and not synced:        # maps are pooled to 1 × 1
+        raise InputError(f"--batch-size {args.batch_size}: micro-batches of one image have no "
+                         "deviation for batch norm: take two or more a rank")
     groups = param_groups(model, args.weight_decay, args.layer_decay, vit="backbone.vit")
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
 

@@ -188,6 +188,20 @@ def ddp(module):
     return DistributedDataParallel(module, device_ids=gpu, broadcast_buffers=False)
 
 
+def sync_batch_norm(model, device):
+    """Batch norm over the images of all GPUs; on a CPU PyTorch has none: each rank has its own."""
+    if device.type == "cuda" and dist.is_initialized():
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
+def broadcast_buffers(model):
+    """Give all ranks the first one's batch norm statistics, which its checkpoint stores."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def hardware():
     """What a log's figures were taken on."""
     if torch.cuda.is_available():

@@ -150,7 +150,11 @@ def dense(folder):
     torch.manual_seed(0)
     vit = VisionTransformer(16, 4, dim=16, depth=1, heads=2, positions="block")
     scenes = Scenes("val", 7, 16, target="masks")
-    masks = segment.evaluate(args, segment.Segmenter(vit, 11), scenes, CPU)
+    segmenter = segment.Segmenter(vit, 11)
+    if launch.rank() > 0:                                   # the first one's count
+        segmenter.head.fuse[1].running_mean += 1
+        segmenter.backbone.up4[1].running_mean += 1
+    masks = segment.evaluate(args, segmenter, scenes, CPU)
     if detect.COCO is None:
         return dict(masks=masks)
     scenes = Scenes("val", 7, 16, target="instances")

@@ -438,8 +438,7 @@ def test_training_begins_from_the_pre_trained_weights(chain):
     vit = network.backbone.vit
     weights = state["model"]
     assert torch.equal(vit.blocks[0].mlp.fc1.weight, weights["blocks.0.mlp.fc1.weight"])
-    assert torch.equal(vit.blocks[3].attn.relative_position_bias_table,
-                       weights["rel_pos_bias.relative_position_bias_table"])
+    assert torch.equal(vit.pos_embed, weights["pos_embed"])
     assert vit.blocks[3].drop_path.p == pytest.approx(0.1)
     assert newest(chain.segment)["identity"]["init"] == state["digest"]
 
@@ -497,6 +496,11 @@ def test_it_learns(folder):
         "--save-every", "20")
     row = log("runs/demo/segment", "val")[-1]
     assert row["miou"] > 80                                 # one class everywhere: 25
+
+
+def test_a_micro_batch_of_one_image_is_refused(capsys):
+    message = fails(capsys, "segment", "--init", "none", "--accumulate", "16")
+    assert "--batch-size 16" in message
 
 
 def test_epochs_in_place_of_a_recipes_steps():
