@@ -14,6 +14,7 @@ from support.launch import InputError
 NAMES = [      # how our names begin, at their start or behind a block's number; transformers'
     ("cls_token", "beit.embeddings.cls_token"),
     ("mask_token", "beit.embeddings.mask_token"),
+    ("pos_embed", "beit.embeddings.position_embeddings"),
     ("patch_embed.proj.", "beit.embeddings.patch_embeddings.projection."),
     ("rel_pos_bias.", "beit.encoder.relative_position_bias."),
     ("blocks.", "beit.encoder.layer."),
@@ -66,6 +67,13 @@ def renamed(key, names):
     return key
 
 
+def positions_of(config):
+    """Our name for transformers' kind of positions."""
+    if config["use_absolute_position_embeddings"]:
+        return "learned"
+    return "shared" if config["use_shared_relative_position_bias"] else "block"
+
+
 def read(folder):
     """A folder of transformers' BEiT as one of our checkpoints, of pretrain or finetune.
 
@@ -87,7 +95,7 @@ def read(folder):
             dim=config["hidden_size"],
             depth=config["num_hidden_layers"],
             heads=config["num_attention_heads"],
-            positions="shared" if config["use_shared_relative_position_bias"] else "block",
+            positions=positions_of(config),
             layer_scale=config["layer_scale_init_value"],
             drop_path=config["drop_path_rate"],
             codes=len(weights.get("lm_head.bias", ())),

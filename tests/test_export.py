@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,22 @@ def close(values, expected):
     """Equal but for rounding, and not because all is near zero."""
     largest = expected.abs().max().item()
     return expected.std() > 0.1 and torch.allclose(values, expected, atol=1e-5 * largest)
+
+
+@pytest.fixture(scope="module")
+def other(chain, tmp_path_factory):
+    """The chain's pretrain and finetune, of BEiT's other ViT: relative positions, layer scale."""
+    root = tmp_path_factory.mktemp("other")
+    run("pretrain", *chain.inputs["pretrain"], "--positions", "shared", "--layer-scale", "0.1",
+        "--steps", "1", "--output", str(root / "pretrain"))
+    run("finetune", "--init", str(root / "pretrain"), "--steps", "1",
+        "--output", str(root / "finetune"))
+    return SimpleNamespace(pretrain=root / "pretrain", finetune=root / "finetune")
+
+
+@pytest.fixture(params=["learned", "relative"])
+def either(request, chain, other):
+    return chain if request.param == "learned" else other
 
 
 def randomized(chain, stage):
@@ -126,20 +143,20 @@ def test_names_of_the_classes_travel(chain):
 # ------------------------------------------------------------------------------------------------
 # Other libraries
 
-def test_names_of_transformers_and_back(chain):
+def test_names_of_transformers_and_back(either):
     for stage in ("pretrain", "finetune"):
-        given = checkpoint.load(getattr(chain, stage))["model"]
+        given = checkpoint.load(getattr(either, stage))["model"]
         theirs = beit.to_beit(given)
-        assert not any(re.search("attn|mlp|blocks|gamma", key) for key in theirs)
+        assert not any(re.search("attn|mlp|blocks|gamma|pos_embed", key) for key in theirs)
         back = beit.from_beit(theirs | {"beit.x.relative_position_index": torch.zeros(1)})
         assert back.keys() == given.keys()
         assert all(torch.equal(value, given[key]) for key, value in back.items())
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_what_is_exported_is_taken_back(stage, chain, capsys):
+def test_what_is_exported_is_taken_back(stage, either, capsys):
     optional("safetensors")
-    export.main([randomized(chain, stage), "folder"])
+    export.main([randomized(either, stage), "folder"])
     own, back = weights.load(f"{stage}.pt"), weights.load("folder")
     pixels = own.preprocess(IMAGE)
     assert torch.equal(pixels, back.preprocess(IMAGE))
@@ -157,12 +174,16 @@ def test_what_is_exported_is_taken_back(stage, chain, capsys):
             assert torch.equal(begun[1][key], value)
 
 
-def test_a_folder_that_transformers_wrote(chain):
+@pytest.mark.parametrize("positions", [
+    dict(use_relative_position_bias=True),
+    dict(use_absolute_position_embeddings=True, layer_scale_init_value=0.0),
+])
+def test_a_folder_that_transformers_wrote(positions):
     transformers = optional("transformers")
     torch.manual_seed(0)
     config = transformers.BeitConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
-        image_size=32, patch_size=8, num_labels=7, use_relative_position_bias=True)
+        image_size=32, patch_size=8, num_labels=7, **positions)
     theirs = transformers.BeitForImageClassification(config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -188,9 +209,9 @@ def test_a_folder_that_is_not_beits_is_refused(chain):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_transformers_opens_what_is_exported(stage, chain):
+def test_transformers_opens_what_is_exported(stage, either):
     transformers = optional("transformers")
-    export.main([randomized(chain, stage), "folder"])
+    export.main([randomized(either, stage), "folder"])
     own = weights.load(f"{stage}.pt")
     kind = (transformers.BeitForMaskedImageModeling if stage == "pretrain"
             else transformers.BeitForImageClassification)
@@ -233,15 +254,20 @@ def test_the_processor_crops_at_any_size(size, crop, chain):
     assert (theirs - ours).abs().mean() < 0.02
 
 
-def test_timms_own_name_takes_a_fine_tuned_run():
+@pytest.mark.parametrize("positions, layer_scale, arguments", [
+    ("block", 0.1, {}),
+    ("learned", 0.0, dict(use_abs_pos_emb=True, use_rel_pos_bias=False, init_values=0.0)),
+])
+def test_timms_own_name_takes_a_fine_tuned_run(positions, layer_scale, arguments):
     """A run of --model base at 224 px, strictly, with equal logits."""
     timm = optional("timm")
     torch.manual_seed(0)
-    own = VisionTransformer(**SIZES["base"], positions="block", classes=1000).eval()
+    own = VisionTransformer(**SIZES["base"], positions=positions, layer_scale=layer_scale,
+                            classes=1000).eval()
     with torch.no_grad():                                   # so that no weight is without effect
         for parameter in own.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
-    theirs = timm.create_model("beit_base_patch16_224", pretrained=False).eval()
+    theirs = timm.create_model("beit_base_patch16_224", pretrained=False, **arguments).eval()
     theirs.load_state_dict(own.state_dict(), strict=True)
     pixels = torch.rand(1, 3, 224, 224) * 2 - 1
     with torch.no_grad():

@@ -26,8 +26,8 @@ def settings(state):
     vit = state["model_args"]
     codes, classes = vit.get("codes"), vit.get("classes")
     if vit["positions"] == "absolute" or not (codes or classes):
-        raise InputError(
-            "only ViTs of pretrain.py and finetune.py with relative positions are BEiT's")
+        raise InputError("only ViTs of pretrain.py and finetune.py with learned or relative "
+                         "positions are BEiT's, no PeCo_MAE and none of MoCo v3")
     config = dict(
         model_type="beit",
         hidden_size=vit["dim"],
@@ -40,7 +40,7 @@ def settings(state):
         layer_scale_init_value=vit["layer_scale"],
         drop_path_rate=vit.get("drop_path", 0.0),
         use_mask_token=bool(codes),
-        use_absolute_position_embeddings=False,
+        use_absolute_position_embeddings=vit["positions"] == "learned",
         use_relative_position_bias=vit["positions"] == "block",
         use_shared_relative_position_bias=vit["positions"] == "shared",
         use_mean_pooling=True,
