@@ -47,8 +47,8 @@ PAPER_SAYS = [
     ("tokenizer", "data", "data/imagenet", DETAILS),
     ("tokenizer", "image_size", 224, DETAILS),
     ("tokenizer", "channels", [64, 128, 256, 512, 512], "Pre-training Details, Table 2"),
-    ("tokenizer", "decoder_channels", None, "Pre-training Details: the encoder in reverse"),
-    ("tokenizer", "decoder_blocks", None, "Pre-training Details: the encoder in reverse"),
+    ("tokenizer", "decoder_channels", None, "S, VQ-VAE Architectures: the encoder in reverse"),
+    ("tokenizer", "decoder_blocks", None, "S, VQ-VAE Architectures: the encoder in reverse"),
     ("tokenizer", "vit", None, "Pre-training Details: convolutions"),
     ("tokenizer", "patch_size", 16, "Table 12: ViT-B"),
     ("tokenizer", "codebook_size", 8192, DETAILS),
@@ -174,7 +174,7 @@ SMALL_STAGE = {
     "detect": ["--image-size", "64", "--max-size", "107",
                "--channels", "16", "--boxes", "16"],
 }
-SHRUNK = {"image_size", "channels", "decoder_channels", "epochs", "masked"}
+SHRUNK = {"image_size", "channels", "decoder_channels", "epochs", "warmup_epochs", "masked"}
 IMAGES = 8
 PLACEHOLDERS = {"REFERENCE": "reference.png", "ONE": "one.png", "OTHER": "other.png"}
 
@@ -363,14 +363,24 @@ def test_table1_sizes(runs):
         vit = weights.network_of(state)
         assert len(vit.blocks) == TINY_SIZES[size]["depth"]
         assert (vit.patch_size, vit.grid) == (patch, 4)
-        assert torch.allclose(state["model"]["blocks.0.gamma_1"], torch.tensor(1e-5), atol=1e-5)
+        asked = arguments(MAKERS[f"runs/{size}/finetune"])
+        assert (asked.epochs, asked.warmup_epochs) == (50, 5)
         tuned = runs[f"runs/{size}/finetune"]
         assert tuned["identity"]["init"] == state["digest"]
         scales = {group["lr_scale"] for group in tuned["optimizer"]["param_groups"]}
         depth = len(vit.blocks)
         assert scales == {0.75 ** layer for layer in range(depth + 2)}
         drop_path = weights.network_of(tuned).blocks[-1].drop_path.p
-        assert drop_path == {"large": 0.2, "huge": 0.3}[size]
+        assert drop_path == {"large": 0.1, "huge": 0.3}[size]
+
+
+def test_table1_beits_other_vit(runs):
+    state = runs["runs/relative/pretrain"]
+    assert state["model_args"]["positions"] == "shared"
+    tuned = weights.network_of(runs["runs/relative/finetune"])
+    assert tuned.positions == "block"
+    assert tuned.blocks[0].attn.relative_position_bias_table.shape == (7 ** 2 + 3, 2)
+    assert torch.allclose(state["model"]["blocks.0.gamma_1"], torch.tensor(0.1), atol=0.01)
 
 
 def test_table1_at_twice_the_size(runs):
@@ -447,8 +457,9 @@ def test_table12_architectures(runs):
 
     thin = weights.network_of(runs["runs/narrow/tokenizer"])
     assert convolutions(thin.encoder) == convolutions(peco.encoder)
-    assert set(convolutions(thin.decoder)) == {16, 3}
-    assert set(convolutions(peco.decoder)) == {32, 16, 3}
+    assert convolutions(thin.decoder).count(32) < convolutions(peco.decoder).count(32)
+    asked = arguments(MAKERS["runs/narrow/tokenizer"])      # half, as PeCo-lite's
+    assert asked.decoder_channels == arguments(MAKERS["runs/lite/tokenizer"]).channels
 
     shallow = weights.network_of(runs["runs/shallow/tokenizer"])
     assert blocks_of(shallow.encoder) == 2 * 5 + 2
@@ -581,6 +592,12 @@ def an_autoencoder(**changes):
 def random_masks(images, grid, count):
     random.seed(0)
     return torch.stack([random_mask(grid, count) for _ in range(images)])
+
+
+def test_table8_the_decoder_is_maes():
+    for size in ("base", "large", "huge"):
+        assert pretrain.mae_decoder(size) == dict(dim=512, depth=8, heads=16)
+    assert pretrain.mae_decoder("nano") == dict(dim=64, depth=2, heads=2)       # ours
 
 
 def test_table8_the_encoder_sees_no_masked_patch():
