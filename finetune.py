@@ -1,16 +1,12 @@
-"""Stage 3: classification. Fine-tune a pre-trained ViT (PeCo, Table 1), or probe or evaluate one.
+"""Stage 3: classification. Fine-tune a pre-trained ViT (PeCo, Table 1), or evaluate one.
 
     python finetune.py --recipe demo
-    python finetune.py --recipe demo --probe knn
     torchrun --nproc-per-node 8 finetune.py
 """
-import math
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2 as T
 
 import data
@@ -106,19 +102,13 @@ RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice: few la
     layer_decay=0.75,
     save_every=30,
 )
-HOLDOUT_SEED = 1_000_000        # one split for every --seed, and not that of their label subsets
 
 
 def get_args(argv=None):
     p = flags.parser("finetune", __doc__)
     p.add_argument("--eval", action="store_true", help="only evaluate --init, a fine-tuned model")
-    p.add_argument("--probe", choices=["linear", "knn"],
-                   help="only classify the frozen features of --init")
     p.add_argument("--label-fraction", type=within(float, "(0, 1]"), default=1.0,
                    help="share of the training images used, the same of each class, 0 to 1")
-    p.add_argument("--holdout", type=rate, default=0.0,
-                   help="share of the training images kept out of training and evaluated in place "
-                        "of val/: to choose hyper-parameters by, 0 to 1")
     p.add_argument("--randaugment", type=within(int, "[0, 30]"),
                    help="magnitude of RandAugment, 0 (none) to 30")
     p.add_argument("--erasing", type=share, help="probability of random erasing, 0 to 1")
@@ -128,8 +118,6 @@ def get_args(argv=None):
                    help="α of cutmix, whose shares are of Beta(α, α); 0: no cutmix")
     p.add_argument("--smoothing", type=rate, help="label smoothing, 0 to 1")
     p.add_argument("--warmup-epochs", type=amount, help="epochs of linear warm-up of the lr")
-    p.add_argument("--ema-decay", type=rate, default=0.0,
-                   help="decay of averaged weights, which are then evaluated; 0: none")
     p.add_argument("--eval-crop", type=within(float, "[0.1, 1]"),
                    help="centre crop in evaluation, share of the side")
     weights.add_arguments(p)
@@ -153,18 +141,15 @@ def build(args, classes, state):
 # ------------------------------------------------------------------------------------------------
 # Evaluation
 
-def val_loader(args, dataset, indices=None):
-    transform = data.evaluation(args.image_size, args.eval_crop)
-    return data.eval_loader(dataset, transform, launch.micro_batch(args), args.workers, indices)
-
-
 @torch.no_grad()
-def evaluate(args, model, dataset, device, indices=None):
+def evaluate(args, model, dataset, device):
     """Top-1 and top-5 accuracy in %, over every image once, on any number of ranks."""
     model.eval()
     hits1, hits5, images = torch.zeros(3, dtype=torch.float64, device=device)
     autocast = launch.autocast(args, device)
-    for pixels, labels in val_loader(args, dataset, indices):
+    transform = data.evaluation(args.image_size, args.eval_crop)
+    loader = data.eval_loader(dataset, transform, launch.micro_batch(args), args.workers)
+    for pixels, labels in loader:
         labels = labels.to(device)
         with autocast:
             logits = model(pixels.to(device))                                   # (B, classes)
@@ -182,91 +167,16 @@ def evaluate(args, model, dataset, device, indices=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# Probes of frozen features: the mean of the patches after the last block, of images not augmented
-
-def probe(args, model, dataset, indices, val, val_indices, device):
-    """Top-1 accuracy in % of a classifier of frozen features, on rank 0."""
-    train, train_labels = extract(args, model, dataset, device, indices)
-    features, labels = extract(args, model, val, device, val_indices)
-    if launch.rank() > 0:
-        return {}
-    classify = knn if args.probe == "knn" else linear_probe
-    predictions = classify(train, train_labels, features, len(val.classes))
-    top1 = (predictions == labels).float().mean().item()
-    return dict(probe=args.probe, top1=100 * top1, images=len(labels))
-
-
-@torch.no_grad()
-def extract(args, model, dataset, device, indices=None):
-    """Features (images, D) and labels (images,) of a dataset; on rank 0 those of all ranks."""
-    last = [len(model.blocks)]
-    autocast = launch.autocast(args, device)
-    features, labels = [], []
-    for images, targets in val_loader(args, dataset, indices):
-        with autocast:
-            x = model.tokens(images.to(device), last)[0]                        # (B, 1+N, D)
-        x = F.layer_norm(x.float(), x.shape[-1:])
-        features.append(x[:, 1:].mean(1).cpu())                                 # (B, D)
-        labels.append(targets)
-    own = (torch.cat(features), torch.cat(labels))
-    parts = [own]
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size() if launch.rank() == 0 else None
-        dist.gather_object(own, parts)
-        if parts is None:                                   # the other ranks have no more to do
-            parts = [own]
-    features, labels = zip(*parts, strict=True)
-    return torch.cat(features).to(device), torch.cat(labels).to(device)
-
-
-def knn(train, train_labels, val, classes, k=20, temperature=0.07):
-    """Classes of val by the weighted k nearest neighbours in cosine (k, temperature: DINO)."""
-    train = F.normalize(train, dim=1)
-    predictions = []
-    for rows in F.normalize(val, dim=1).split(1024):
-        similarity, neighbours = (rows @ train.T).topk(min(k, len(train)))      # (1024, k)
-        votes = torch.zeros(len(rows), classes, device=rows.device)
-        votes.scatter_add_(1, train_labels[neighbours], (similarity / temperature).exp())
-        predictions.append(votes.argmax(1))
-    return torch.cat(predictions)
-
-
-def linear_probe(train, train_labels, val, classes, steps=2000, batch=1024, lr=1e-2,
-                 weight_decay=1e-4):
-    """Classes of val by a linear layer on standardised features. All constants are our choice."""
-    mean, std = train.mean(0), train.std(0)
-    std[std < 1e-6] = math.inf                              # constant in training: no feature
-    torch.manual_seed(0)
-    layer = nn.Linear(train.shape[1], classes).to(train.device)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=lr, weight_decay=weight_decay)
-    for step in range(steps):
-        launch.set_lr(optimizer, launch.cosine(step, steps, 0, lr))
-        rows = torch.randint(len(train), (min(batch, len(train)),)).to(train.device)
-        logits = layer((train[rows] - mean) / std)                              # (batch, classes)
-        F.cross_entropy(logits, train_labels[rows]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    with torch.no_grad():
-        return layer((val - mean) / std).argmax(1)
-
-
-# ------------------------------------------------------------------------------------------------
 
 @launch.cleans_up
 def main(args):
     device = launch.device()
 
-    # The images: of training, by --label-fraction, and of evaluation, by --holdout
-    split, val_indices = "val", None
-    if args.holdout or not args.eval:
-        dataset = data.load_dataset(args.data, "train", args.image_size)
-        indices = data.label_subset(dataset.targets, args.label_fraction, args.seed)
-    if args.holdout:
-        split, val = "holdout", dataset
-        val_indices = data.label_subset(dataset.targets, args.holdout, HOLDOUT_SEED)
-        indices = sorted(set(indices).difference(val_indices))
-    else:
-        val = data.load_dataset(args.data, "val", args.image_size)
+    # The images
+    val = data.load_dataset(args.data, "val", args.image_size)
+    if not args.eval:
+        train = data.load_dataset(args.data, "train", args.image_size)
+        indices = data.label_subset(train.targets, args.label_fraction, args.seed)
     classes = len(val.classes)
     if classes < 2:
         raise launch.InputError(
@@ -277,32 +187,23 @@ def main(args):
     state, digest = weights.read(args)
     if args.eval:
         weights.refuse_other_names(f"--init {args.init}", state, f"--data {args.data}", val.classes)
-    model, model_args = build(args, 0 if args.probe else classes, state)
+    model, model_args = build(args, classes, state)
     model.to(device)
     if args.eval:
         if "stage" in state:                                # one of our own
             weights.say_other_sizes(args, state)
-        row = evaluate(args, model, val, device, val_indices)
-        return logbook.report(args, row, init=args.init, split=split)
-    if args.probe:
-        row = probe(args, model.eval(), dataset, indices, val, val_indices, device)
-        return logbook.report(args, row, init=args.init, split=split)
+        row = evaluate(args, model, val, device)
+        return logbook.report(args, row, init=args.init, split="val")
 
-    # The optimizer; the average of the weights, if there is one, is what is evaluated
+    # The optimizer
     groups = param_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
-    modules = dict(model=model)
-    evaluated = model
-    if args.ema_decay:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
-        modules["ema"] = average
-        evaluated = average.module
 
     # The run: a new one, or from where it stopped
     identity = dict(images=len(indices), init=digest, class_names=list(val.classes))
-    run = Run(args, optimizer, model_args, modules, identity)
+    run = Run(args, optimizer, model_args, dict(model=model), identity)
     transform = data.finetune(args.image_size, args.crop_min, args.randaugment, args.erasing)
-    loader = data.TrainLoader(dataset, transform, args, run.start, run.steps, device, indices)
+    loader = data.TrainLoader(train, transform, args, run.start, run.steps, device, indices)
     mix = mixer(args, classes)
     if args.compile:
         model.compile()
@@ -314,8 +215,8 @@ def main(args):
     for step in run.progress():
         if run.due(step):
             run.save(step)
-            row = evaluate(args, evaluated, val, device, val_indices)
-            run.log_evaluation(step, split=split, **row)
+            row = evaluate(args, model, val, device)
+            run.log_evaluation(step, split="val", **row)
             run.keep_best(step, row["top1"])
         if step == run.steps:
             break
@@ -337,8 +238,6 @@ def main(args):
         run.agree()
         optimizer.step()
         optimizer.zero_grad()
-        if args.ema_decay:
-            average.update_parameters(model)
         run.log(step + 1, lr=lr)
 
 

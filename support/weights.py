@@ -103,7 +103,7 @@ def restore(source, state):
     """The network of one of our checkpoints, called `source` in messages. Raises InputError."""
     with checkpoint.built_from(source):
         network = network_of(state)
-        network.load_state_dict(trained_weights(state))
+        network.load_state_dict(state["model"])
     return network
 
 
@@ -130,15 +130,6 @@ def network_of(state):
     return VisionTransformer(**state["model_args"])
 
 
-def trained_weights(state):
-    """What was evaluated in training: the averaged weights, where there are any."""
-    if "ema" not in state:
-        return state["model"]
-    prefix = "module."
-    return {key.removeprefix(prefix): value for key, value in state["ema"].items()
-            if key.startswith(prefix)}
-
-
 # ------------------------------------------------------------------------------------------------
 # A ViT for another task
 
@@ -156,7 +147,7 @@ def transfer(source, state, arguments, **task):
     stage = state.get("stage") if state is not None else None
     weights = None
     if stage in ("teacher", "pretrain", "finetune"):
-        arguments, weights = state["model_args"], trained_weights(state)
+        arguments, weights = state["model_args"], state["model"]
     elif stage:
         raise InputError(f"{source}: found a checkpoint of {stage}, "
                          "expected one of teacher, pretrain or finetune")

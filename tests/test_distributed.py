@@ -79,9 +79,6 @@ def test_evaluation_counts_every_image_once(results):
     assert one["row"][2] == 23
     assert 0 < one["row"][0] < one["row"][1]
     assert all(torch.equal(result["row"], one["row"]) for result in both)
-    assert torch.allclose(both[0]["features"], one["features"], atol=1e-5)
-    assert torch.equal(both[0]["labels"], one["labels"])
-    assert len(one["labels"]) == 23
 
 
 def test_dense_evaluation_counts_every_image_once(results):

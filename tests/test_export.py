@@ -86,15 +86,6 @@ def test_load_gives_ready_networks(chain):
         weights.load(chain.segment)
 
 
-def test_load_takes_the_averaged_weights(chain):
-    flags = ["--ema-decay", "0.9", "--steps", "2", "--output", "run"]
-    run("finetune", *chain.inputs["finetune"], *flags)
-    state = checkpoint.load("run")
-    own = weights.load("run").state_dict()
-    assert all(torch.equal(own[key], state["ema"][f"module.{key}"]) for key in own)
-    assert any(not torch.equal(own[key], state["model"][key]) for key in own)
-
-
 def test_preprocess_takes_files_and_images(chain):
     preprocess = weights.load(chain.teacher).preprocess
     expected = preprocess(IMAGE)

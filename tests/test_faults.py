@@ -127,7 +127,7 @@ def record(folder, rank=0):
 # ------------------------------------------------------------------------------------------------
 # 1. Killed at any moment
 
-MORE_TO_KEEP = {"tokenizer": ["--adversarial-weight", "0.1"], "finetune": ["--ema-decay", "0.9"]}
+MORE_TO_KEEP = {"tokenizer": ["--adversarial-weight", "0.1"]}
 
 
 def steps_done(folder):

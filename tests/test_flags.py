@@ -24,10 +24,10 @@ VALUES = ["0", "-1", "nan", "inf", "abc"]
 REFUSED = {
     "--steps": ["0"], "--lr": ["-1"], "--temperature": ["0", "-1"], "--momentum": ["1.5"],
     "--codebook-size": ["1"], "--decay": ["1"], "--clip": ["0"], "--drop-path": ["1"],
-    "--label-fraction": ["0", "1.1"], "--holdout": ["1"], "--smoothing": ["1"], "--boxes": ["0"],
+    "--label-fraction": ["0", "1.1"], "--smoothing": ["1"], "--boxes": ["0"],
     "--channels": ["0"], "--workers": ["1000"], "--eval-crop": ["0", "1.5"], "--betas": ["1"],
     "--mask-ratio": ["0", "1"], "--crop-min": ["0", "1.5"], "--randaugment": ["31"],
-    "--jitter": ["2"], "--erasing": ["1.5"], "--layer-decay": ["0", "2"], "--ema-decay": ["1"],
+    "--jitter": ["2"], "--erasing": ["1.5"], "--layer-decay": ["0", "2"],
 }
 
 

@@ -28,7 +28,7 @@ from support import checkpoint, launch
 from support.run import Run
 
 FLAGS_WITHOUT_DEFAULT = {"steps", "epochs", "perceptual_layers", "decoder_channels",
-                         "decoder_blocks", "vit", "probe"}
+                         "decoder_blocks", "vit"}
 # Read the shared flags.
 LIBRARY = ("support/flags.py", "support/launch.py", "support/run.py", "support/weights.py",
            "data.py")
@@ -481,13 +481,11 @@ def test_tokenizers_of_about_the_patch_size_fit(chain):
     ["--init", "none"],
     ["--init", "teacher"],
     ["--init", "finetune"],
-    ["--ema-decay", "0.9"],
     ["--cutmix", "1.0", "--randaugment", "14", "--erasing", "0.25"],
 ], ids=" ".join)
 def test_fine_tuning(flags, chain):
     runs = {"teacher": str(chain.teacher), "finetune": str(chain.finetune)}
     short("finetune", chain, *[runs.get(flag, flag) for flag in flags])
-    assert ("ema" in newest("run")) == ("--ema-decay" in flags)
     row = log("run", "val")[-1]
     assert row["images"] == 40
     assert 0 <= row["top1"] <= row["top5"] <= 100
@@ -501,24 +499,6 @@ def test_layers_learn_at_their_own_rates(chain):
         assert group["lr"] == pytest.approx(lr * group["lr_scale"])
 
 
-def test_weights_average_is_what_is_evaluated(chain):
-    short("finetune", chain, "--ema-decay", "0.9")
-    state = newest("run")
-    average = {}
-    for key, value in state["ema"].items():
-        if key.startswith("module."):
-            average[key.removeprefix("module.")] = value
-    args = finetune.get_args([*COMMON, *OWN["finetune"]])
-    network = model.VisionTransformer(**state["model_args"])
-    network.load_state_dict(average)
-    val = data.load_dataset(args.data, "val", 32)
-    row = finetune.evaluate(args, network, val, torch.device("cpu"))
-    assert row["top1"] == log("run", "val")[-1]["top1"]
-    assert row == finetune.main(finetune.get_args([*COMMON, "--eval", "--init", "run"]))
-    again = finetune.get_args([*COMMON, "--init", "run"])
-    built, _ = finetune.build(again, 10, checkpoint.load("run"))
-    assert all(torch.equal(built.state_dict()[key], average[key]) for key in average)
-    assert any(not torch.equal(average[key], state["model"][key]) for key in average)
 
 
 def test_an_evaluation_at_another_size_says_so(chain, capsys):
@@ -545,31 +525,6 @@ def test_evaluation_repeats_what_the_training_logged(chain):
             run("finetune", "--eval", "--init", init)
 
 
-def test_holdout_is_never_trained_on_and_stands_for_the_validation_images(chain, monkeypatch):
-    trained = []
-    evaluated = []
-    plain_read = data.read
-
-    def watched(dataset, index):
-        training = dataset.split == "train" and torch.is_grad_enabled()
-        used = trained if training else evaluated
-        used.append((dataset.split, index))
-        return plain_read(dataset, index)
-
-    monkeypatch.setattr(data, "read", watched)
-    for seed in ("0", "1"):
-        run("finetune", *chain.inputs["finetune"], "--holdout", "0.25", "--batch-size", "11",
-            "--steps", "8", "--seed", seed, "--output", seed)
-        assert log(seed, "holdout")[-1]["images"] == 20     # two of each class
-        assert not log(seed, "val")
-    held = {index for _, index in evaluated}
-    assert len(held) == 20                                  # the same ones for both seeds
-    assert {split for split, _ in evaluated} == {"train"}
-    seen = {index for _, index in trained}
-    assert len(seen) == 44
-    assert not held & seen
-
-
 def test_names_of_classes_are_compared(folder, capsys):
     """By name: a folder renamed, so that the order is another, was evaluated without a word."""
     make_folder(folder / "set", ("ant", "bee", "cow"), images=8)
@@ -593,21 +548,7 @@ def test_names_of_classes_are_compared(folder, capsys):
     assert run("finetune", *evaluation)["images"] == 24
 
 
-def test_holdout_needs_no_val(folder, capsys):
-    make_folder(folder / "set", images=8, splits=["train"])
-    flags = ["--data", "set", "--init", "none", "--batch-size", "4", "--steps", "1"]
-    message = fails(capsys, "finetune", *flags)
-    assert "set: it has no val/ folder" in message
-    assert "--holdout 0.1" in message
-    run("finetune", *flags, "--holdout", "0.25")
-    assert log("runs/demo/finetune", "holdout")[-1]["images"] == 4
-    (folder / "set" / "train").rename(folder / "set" / "ant")
-    message = fails(capsys, "finetune", *flags, "--holdout", "0.25")
-    assert "set: it has no train/ folder" in message
-    assert "DIR/train/CLASS/" in message
-
-
-@pytest.mark.parametrize("flags", [[], ["--probe", "knn"], ["--eval"], ["--holdout", "0.5"]])
+@pytest.mark.parametrize("flags", [[], ["--eval"]])
 def test_one_class_is_refused(flags, folder, capsys):
     make_folder(folder / "set", ["ant"], images=8)
     message = fails(capsys, "finetune", "--data", "set", "--init", "none", *flags)
@@ -656,65 +597,6 @@ def test_stages_0_to_2_on_a_folder_of_photos(form, folder, monkeypatch):
         if stage == "tokenizer":
             assert {name for name, training in used if not training} == held_out
     finetune.build(finetune.get_args([*common, *small]), 3, newest("runs/photos/pretrain"))
-
-
-# ------------------------------------------------------------------------------------------------
-# Probes
-
-@pytest.mark.parametrize("kind", ["knn", "linear"])
-def test_probes_classify_what_is_separable(kind):
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(5, 16, generator=generator)
-    labels = torch.arange(300) % 5
-    rows = centres[labels] + 0.3 * torch.randn(300, 16, generator=generator)
-
-    def accuracy(rows, labels, train_labels):
-        if kind == "knn":
-            found = finetune.knn(rows[:200], train_labels, rows[200:], 5)
-        else:
-            found = finetune.linear_probe(rows[:200], train_labels, rows[200:], 5, steps=200)
-        return (found == labels[200:]).float().mean()
-
-    assert accuracy(rows, labels, labels[:200]) > 0.95
-    if kind == "linear":                                    # it standardises the features
-        for scale in (100, 0.001):
-            assert accuracy(scale * rows + 7, labels, labels[:200]) > 0.95
-    shuffled = labels[:200][torch.randperm(200, generator=generator)]
-    assert accuracy(rows, labels, shuffled) < 0.5
-
-
-def test_knn_against_a_plain_loop():
-    generator = torch.Generator().manual_seed(0)
-    train = torch.randn(40, 8, generator=generator)
-    val = torch.randn(20, 8, generator=generator)
-    labels = torch.arange(40) % 3
-    expected = []
-    for row in val:
-        near = []
-        for other, label in zip(train, labels.tolist(), strict=True):
-            cosine = torch.dot(row, other) / row.norm() / other.norm()
-            near.append((cosine.item(), label))
-        votes = [0.0] * 3
-        for cosine, label in sorted(near)[-20:]:
-            votes[label] += math.exp(cosine / 0.07)
-        expected.append(votes.index(max(votes)))
-    assert finetune.knn(train, labels, val, 3).tolist() == expected
-
-
-@pytest.mark.parametrize("kind", ["linear", "knn"])
-def test_probes_by_command_line(kind, chain, monkeypatch):
-    linear_probe = finetune.linear_probe
-
-    def short_probe(*arguments):
-        return linear_probe(*arguments, steps=20)
-
-    monkeypatch.setattr(finetune, "linear_probe", short_probe)
-    flags = ["--probe", kind, "--init", str(chain.teacher)]
-    row = run("finetune", *flags)
-    assert row["images"] == 40
-    assert 0 < row["top1"] < 100
-    assert row == run("finetune", *flags)
-    assert [logged["top1"] for logged in log("runs/demo/finetune", "val")] == 2 * [row["top1"]]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import data
-import finetune
 from model import IMAGENET_MEAN, IMAGENET_STD, PerceptualLoss
 from support import checkpoint, flags, launch
 from support import run as logbook
 from support.weights import load, perceptual_network
+from tools.probe import linear_probe
 
 DEIT_TINY = "deit_tiny_patch16_224"     # timm's name of the paper's judge, 72.2 % on ImageNet
 
@@ -108,7 +108,7 @@ def main(args):
 
     train, train_labels = pooled_codewords(args, tokenizer, "train", device)
     val, labels = pooled_codewords(args, tokenizer, "val", device)
-    predictions = finetune.linear_probe(train, train_labels, val, int(train_labels.max()) + 1)
+    predictions = linear_probe(train, train_labels, val, int(train_labels.max()) + 1)
     linear = 100 * (predictions == labels).float().mean().item()
     row = reconstruction_row(args, tokenizer, judge.to(device), perceptual, device)
     logbook.append(checkpoint.folder_of(args.tokenizer), codewords=True, linear=linear, **row)

@@ -18,7 +18,7 @@ from model import HALF
 from support import checkpoint, flags, launch
 from support.beit import to_beit
 from support.launch import InputError
-from support.weights import class_names, trained_weights
+from support.weights import class_names
 
 
 def settings(state):
@@ -89,7 +89,7 @@ def export_beit(state, folder):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-    weights = to_beit(trained_weights(state))
+    weights = to_beit(state["model"])
     save_file(weights, folder / "model.safetensors", metadata=dict(format="pt"))
 
 
