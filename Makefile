@@ -1,6 +1,6 @@
 # make demo: all four stages on the embedded dataset, with a table. make test: the tests.
-# make test-faults: the long ones too. make cifar10: the paper's claim on CIFAR-10, with seeds, into
-# RESULTS.md. Each makes .venv first, with PYTHON, an interpreter of 3.10 or newer.
+# make test-faults: the long ones too. make cifar10: the paper's claim on CIFAR-10, with seeds.
+# Each makes .venv first, with PYTHON, an interpreter of 3.10 or newer.
 PYTHON ?= python3
 
 demo: .venv/installed

@@ -59,21 +59,6 @@ RECIPES = {
         data="cifar10",
         init="runs/cifar/pretrain",
         image_size=32,
-        crop_min=0.4,
-        eval_crop=1.0,
-        randaugment=14,
-        model="tiny",
-        patch_size=4,
-        batch_size=512,
-        warmup_epochs=5,
-        lr=2e-3,
-        layer_decay=0.75,
-        save_every=10,
-    ),
-    "cifar-cpu": PAPER | dict(  # our choice
-        data="cifar10",
-        init="runs/cifar-cpu/pretrain",
-        image_size=32,
         crop_min=0.5,
         eval_crop=1.0,
         randaugment=0,
@@ -91,7 +76,7 @@ RECIPES = {
         save_every=100,
     ),
 }
-RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice: few labels
+RECIPES["demo"] = RECIPES["cifar"] | dict(                  # our choice: few labels
     data="synthetic:6000",
     init="runs/demo/pretrain",
     label_fraction=0.05,

@@ -61,20 +61,6 @@ RECIPES = {
         data="cifar10",
         tokenizer="runs/cifar/tokenizer",
         image_size=32,
-        crop_min=0.2,
-        mask_ratio=0.4,
-        mask_block=4,
-        model="tiny",
-        patch_size=4,
-        drop_path=0.0,
-        batch_size=512,
-        epochs=400,
-        betas=[0.9, 0.98],
-    ),
-    "cifar-cpu": PAPER | dict(  # our choice
-        data="cifar10",
-        tokenizer="runs/cifar-cpu/tokenizer",
-        image_size=32,
         crop_min=0.4,
         jitter=0.0,
         mask_ratio=0.4,
@@ -90,7 +76,7 @@ RECIPES = {
         save_every=5,
     ),
 }
-RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
+RECIPES["demo"] = RECIPES["cifar"] | dict(                  # our choice
     data="synthetic:6000",
     tokenizer="runs/demo/tokenizer",
     epochs=5,

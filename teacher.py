@@ -53,19 +53,6 @@ RECIPES = {
         data="cifar10",
         image_size=32,
         crop_min=0.2,
-        model="tiny",
-        patch_size=4,
-        hidden=1024,
-        features=128,
-        batch_size=512,
-        epochs=200,
-        warmup_epochs=10,
-        lr=6e-4,
-    ),
-    "cifar-cpu": PAPER | dict(  # our choice
-        data="cifar10",
-        image_size=32,
-        crop_min=0.2,
         model="nano",
         patch_size=8,
         hidden=256,
@@ -77,7 +64,7 @@ RECIPES = {
         weight_decay=0.05,
     ),
 }
-RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
+RECIPES["demo"] = RECIPES["cifar"] | dict(                  # our choice
     data="synthetic:6000",
     crop_min=0.3,
     batch_size=128,

@@ -68,20 +68,6 @@ RECIPES = {
         image_size=32,
         crop_min=0.4,
         eval_crop=1.0,
-        channels=[64, 128, 128],
-        codebook_size=2048,
-        code_dim=64,
-        perceptual="runs/cifar/teacher",
-        batch_size=256,
-        epochs=50,
-        warmup_steps=500,
-        lr=4e-4,
-    ),
-    "cifar-cpu": PAPER | dict(  # our choice
-        data="cifar10",
-        image_size=32,
-        crop_min=0.4,
-        eval_crop=1.0,
         vit="nano",             # it takes up more than small convolutions do, and is faster
         patch_size=8,
         decoder_blocks=2,
@@ -89,14 +75,14 @@ RECIPES = {
         code_dim=32,
         decay=0.98,
         revive=0.05,
-        perceptual="runs/cifar-cpu/teacher",
+        perceptual="runs/cifar/teacher",
         epochs=3,
         warmup_steps=50,
         lr=1e-3,
         save_every=3,
     ),
 }
-RECIPES["demo"] = RECIPES["cifar-cpu"] | dict(              # our choice
+RECIPES["demo"] = RECIPES["cifar"] | dict(                  # our choice
     data="synthetic:6000",
     vit=None,                   # on these scenes a ViT's codes taught the student next to nothing
     channels=[16, 32, 32, 64],

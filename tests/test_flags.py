@@ -14,7 +14,7 @@ import support.flags
 from support import launch
 from support.flags import within
 from support.launch import InputError
-from tools import attack, bench, cifar10, codewords, export, figures
+from tools import attack, bench, cifar10, codewords, export, figures, probe
 
 # ------------------------------------------------------------------------------------------------
 # Every numeric flag of every stage
@@ -89,8 +89,8 @@ TOOLS = [
     (codewords.get_args, ["run", "--workers", "1000"]),
     (figures.main, ["masked", "run", "--masked", "0"]),
     (bench.get_args, ["--repeats", "-1"]),
-    (cifar10.main, ["--seeds", "-1"]),
-    (cifar10.main, ["--jobs", "0"]),
+    (cifar10.get_args, ["--seeds", "-1"]),
+    (probe.get_args, ["run", "knn", "--label-fraction", "0"]),
 ]
 
 
@@ -187,7 +187,7 @@ def outcome(command, **environment):
 
 
 @pytest.mark.parametrize("module", [
-    *STAGES.values(), attack, bench, cifar10, codewords, export, figures,
+    *STAGES.values(), attack, bench, cifar10, codewords, export, figures, probe,
 ], ids=lambda module: module.__name__)
 def test_without_docstrings(module, monkeypatch, capsys):
     """As under python -OO."""

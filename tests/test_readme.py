@@ -13,11 +13,11 @@ import pretrain
 import segment
 import teacher
 import tokenizer
-from tools import attack, bench, codewords, export, figures
+from tools import attack, bench, codewords, export, figures, probe
 
 STAGES = {module.__name__: module
           for module in (teacher, tokenizer, pretrain, finetune, segment, detect)}
-# By path. RESULTS.md is written from logs.
+# By path. RESULTS.md is of an earlier version.
 DOCS = {str(path.relative_to(ROOT)): path.read_text()
         for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.name != "RESULTS.md"}
 README = DOCS["README.md"]
@@ -127,7 +127,8 @@ def parse(script, flags, monkeypatch):
         assert (ROOT / script.replace(".", "/")).with_suffix(".py").exists()
         assert flags == []
         return None
-    tools = {"tools.bench": bench, "tools.codewords": codewords, "tools.attack": attack}
+    tools = {"tools.bench": bench, "tools.codewords": codewords, "tools.attack": attack,
+             "tools.probe": probe}
     if script in tools:
         return tools[script].get_args(flags)
     tool = {"tools.export": export, "tools.figures": figures}[script]

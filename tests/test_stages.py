@@ -99,7 +99,7 @@ def test_every_key_of_every_recipe_is_a_flag(stage, parsers):
 @pytest.mark.parametrize("stage", STAGES)
 def test_recipes_fill_every_flag(stage):
     dense = stage in ("segment", "detect")
-    expected = ["paper", "demo"] if dense else ["paper", "photos", "cifar", "cifar-cpu", "demo"]
+    expected = ["paper", "demo"] if dense else ["paper", "photos", "cifar", "demo"]
     recipes = STAGES[stage].RECIPES
     assert list(recipes) == expected
     for name, recipe in recipes.items():

@@ -90,7 +90,9 @@ def main(args):
     launch.one_process("probe")
     device = launch.device()
     state = weights.read_state(args.run)
-    own = state.get("args") if "stage" in state else {}     # a run of ours; else another project's
+    own = {}                                                # another project's file
+    if "stage" in state:
+        own = state["args"] | state.get("identity", {})
     args.image_size = own.get("image_size", 224)
     args.eval_crop = args.eval_crop or own.get("eval_crop", 0.875)
     args.data = args.data or own.get("data", "data/imagenet")
