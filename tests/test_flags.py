@@ -88,7 +88,7 @@ TOOLS = [
     (attack.get_args, ["run", "--batch-size", "-1"]),
     (codewords.get_args, ["run", "--workers", "1000"]),
     (figures.main, ["masked", "run", "--masked", "0"]),
-    (bench.get_args, ["--repeats", "-1"]),
+    (bench.get_args, ["--repeats", "0"]),
     (cifar10.get_args, ["--seeds", "-1"]),
     (probe.get_args, ["run", "knn", "--label-fraction", "0"]),
 ]
