@@ -43,7 +43,7 @@ def start(main, args):
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=TIMEOUT)
         micro_batch(args)                                # refused now, not after minutes of loading
-        main(args)
+        cleans_up(main)(args)
         if dist.is_initialized():
             dist.destroy_process_group()
     except InputError as error:

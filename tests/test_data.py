@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import end_workers
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
@@ -395,17 +394,22 @@ def test_folders_without_images_are_refused(folder):
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_named(folder, damage, workers):
+def test_an_unreadable_image_is_named(folder, damage, workers, capsys):
     path = make_folder(folder / "set", images=1) / "train" / "bee" / "0.jpg"
     whole = path.read_bytes()
     damaged = {"truncated": whole[:len(whole) // 2], "text": b"not an image", "empty": b""}
     path.write_bytes(damaged[damage])
     dataset = data.load_dataset("set", "train", 16)
-    with pytest.raises(launch.InputError) as error:
+
+    def main(args):
         list(data.eval_loader(dataset, data.evaluation(16), 2, workers))
-    end_workers()
-    assert str(Path("set/train/bee/0.jpg")) in str(error.value)
-    assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+
+    with pytest.raises(SystemExit) as stop:
+        launch.start(main, Namespace(stage="teacher", batch_size=1, accumulate=1))
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message.startswith(f"teacher.py: {Path('set/train/bee/0.jpg')}")
+    assert message.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ TOKENIZERS = {                  # arm → flags of tokenizer.py
 }
 # Our choice, searched on a held-out tenth of the training images.
 SCRATCH = "--init none --layer-decay 1 --lr 6e-3 --drop-path 0"
+SCRATCH_1 = "--lr 2.34e-3"      # of "finetune-1": in proportion to its batch, 50 of 128
 # Our choice: the supervised network, on all labels. Its seed is that of no fine-tuning.
 SUPERVISED = "--init none --layer-decay 1 --drop-path 0 --epochs 30 --seed 1000"
 LABELS = {                      # prefix of the run → flags of finetune.py; our choice of lengths
@@ -107,6 +108,8 @@ def chain(arm, seed):
     else:
         start = SCRATCH
     for run, few in LABELS.items():
+        if start == SCRATCH and run == "finetune-1":
+            few += f" {SCRATCH_1}"
         commands.append(stage("finetune", f"{run}-{end}", f"{start} --seed {seed} {few}".strip()))
     return [*commands, attack]
 
