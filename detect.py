@@ -27,7 +27,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save
 
 import data
 from model import VisionTransformer, ViTPyramid, param_groups
-from support import checkpoint, flags, launch, weights
+from support import checkpoint, flags, launch, recipes, weights
 from support import run as logbook
 from support.flags import count, within
 from support.launch import InputError
@@ -60,24 +60,7 @@ PAPER = dict(
     betas=[0.9, 0.999],         # our choice: PyTorch's
     weight_decay=0.05,          # [PeCo]
 )
-RECIPES = {
-    "paper": PAPER,
-    "demo": PAPER | dict(       # our choice
-        data="synthetic:2000",
-        init="runs/demo/pretrain",
-        image_size=64,
-        max_size=64,
-        model="nano",
-        patch_size=8,
-        drop_path=0.0,
-        channels=32,
-        boxes=32,
-        epochs=10,
-        warmup_steps=50,
-        lr=2e-3,
-        save_every=10,
-    ),
-}
+RECIPES = recipes.of("detect", PAPER)
 PICTURES = 8                    # validation images drawn at each evaluation; our choice
 
 

@@ -11,7 +11,7 @@ from torchvision.transforms import v2 as T
 
 import data
 from model import param_groups
-from support import flags, launch, weights
+from support import flags, launch, recipes, weights
 from support import run as logbook
 from support.flags import amount, rate, share, within
 from support.run import Run
@@ -39,54 +39,7 @@ PAPER = dict(
     betas=[0.9, 0.999],         # [BEiT]
     weight_decay=0.05,          # [BEiT]
 )
-RECIPES = {
-    "paper": PAPER,
-    "photos": PAPER | dict(     # our choice: some thousand photos, with labels
-        data="data/photos",
-        init="runs/photos/pretrain",
-        image_size=128,
-        crop_min=0.2,
-        randaugment=14,
-        model="tiny",
-        batch_size=64,
-        epochs=50,
-        warmup_epochs=5,
-        lr=1e-3,
-        layer_decay=0.75,
-        save_every=10,
-    ),
-    "cifar": PAPER | dict(      # our choice
-        data="cifar10",
-        init="runs/cifar/pretrain",
-        image_size=32,
-        crop_min=0.5,
-        eval_crop=1.0,
-        randaugment=0,
-        erasing=0.0,
-        mixup=0.0,
-        cutmix=0.0,
-        model="nano",
-        patch_size=8,
-        drop_path=0.0,
-        batch_size=128,
-        epochs=3,
-        warmup_epochs=0.5,
-        lr=3e-3,
-        layer_decay=0.85,
-        save_every=100,
-    ),
-}
-RECIPES["demo"] = RECIPES["cifar"] | dict(                  # our choice: few labels
-    data="synthetic:6000",
-    init="runs/demo/pretrain",
-    label_fraction=0.05,
-    batch_size=50,
-    epochs=30,
-    warmup_epochs=3,
-    lr=2e-3,
-    layer_decay=0.75,
-    save_every=30,
-)
+RECIPES = recipes.of("finetune", PAPER)
 
 
 def get_args(argv=None):

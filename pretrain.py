@@ -12,7 +12,7 @@ from torch import nn
 
 import data
 from model import SIZES, MaskedAutoencoder, VisionTransformer, block_mask, param_groups, random_mask
-from support import checkpoint, flags, launch
+from support import checkpoint, flags, launch, recipes
 from support.flags import amount, positive, rate, share, within
 from support.run import Run
 from support.weights import restore
@@ -39,49 +39,7 @@ PAPER = dict(
     weight_decay=0.05,          # [PeCo]
     clip=3.0,                   # [BEiT]; 1.0 for ViT-L
 )
-RECIPES = {
-    "paper": PAPER,
-    "photos": PAPER | dict(     # our choice: some thousand photos, without labels
-        data="data/photos",
-        tokenizer="runs/photos/tokenizer",
-        image_size=128,
-        crop_min=0.2,
-        mask_ratio=0.4,
-        mask_block=4,
-        model="tiny",
-        drop_path=0.0,
-        batch_size=64,
-        epochs=40,
-        warmup_epochs=1,
-        lr=1e-3,
-        betas=[0.9, 0.98],
-        save_every=5,
-    ),
-    "cifar": PAPER | dict(      # our choice
-        data="cifar10",
-        tokenizer="runs/cifar/tokenizer",
-        image_size=32,
-        crop_min=0.4,
-        jitter=0.0,
-        mask_ratio=0.4,
-        mask_block=2,
-        model="nano",
-        patch_size=8,
-        drop_path=0.0,
-        batch_size=128,
-        epochs=10,
-        warmup_epochs=0.5,
-        lr=2e-3,
-        betas=[0.9, 0.98],
-        save_every=5,
-    ),
-}
-RECIPES["demo"] = RECIPES["cifar"] | dict(                  # our choice
-    data="synthetic:6000",
-    tokenizer="runs/demo/tokenizer",
-    epochs=5,
-    warmup_epochs=0.2,
-)
+RECIPES = recipes.of("pretrain", PAPER)
 
 
 def get_args(argv=None):

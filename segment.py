@@ -21,7 +21,7 @@ from torchvision.utils import draw_segmentation_masks, save_image
 
 import data
 from model import VisionTransformer, ViTPyramid, param_groups
-from support import checkpoint, flags, launch, weights
+from support import checkpoint, flags, launch, recipes, weights
 from support import run as logbook
 from support.flags import amount, count, within
 from support.launch import InputError
@@ -47,23 +47,7 @@ PAPER = dict(
     weight_decay=0.05,          # [PeCo]
     save_every=12,              # our choice: 15,156 steps
 )
-RECIPES = {
-    "paper": PAPER,
-    "demo": PAPER | dict(       # our choice
-        data="synthetic:2000",
-        init="runs/demo/pretrain",
-        image_size=64,
-        model="nano",
-        patch_size=8,
-        drop_path=0.0,
-        steps=None,
-        epochs=10,
-        warmup_steps=50,
-        lr=2e-3,
-        layer_decay=0.75,
-        save_every=10,
-    ),
-}
+RECIPES = recipes.of("segment", PAPER)
 UNLABELLED = 255                # in an annotation, as 0 [mmsegmentation], of under 255 classes
 PICTURES = 8                    # validation images drawn at each evaluation; our choice
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import data
 from model import IMAGENET_MEAN, IMAGENET_STD, SIZES, VisionTransformer
-from support import flags, launch
+from support import flags, launch, recipes
 from support.flags import amount, share, within
 from support.run import Run
 
@@ -35,44 +35,7 @@ PAPER = dict(
     lr=2.4e-3,                  # 1.5e-4 · 4096 / 256 [MoCo v3]
     weight_decay=0.1,           # [MoCo v3]
 )
-RECIPES = {
-    "paper": PAPER,
-    "photos": PAPER | dict(     # our choice: some thousand photos, without labels
-        data="data/photos",
-        image_size=128,
-        crop_min=0.2,
-        model="tiny",
-        hidden=1024,
-        features=128,
-        batch_size=128,
-        epochs=20,
-        warmup_epochs=1,
-        lr=5e-4,
-    ),
-    "cifar": PAPER | dict(      # our choice
-        data="cifar10",
-        image_size=32,
-        crop_min=0.2,
-        model="nano",
-        patch_size=8,
-        hidden=256,
-        features=64,
-        batch_size=256,
-        epochs=24,
-        warmup_epochs=0.5,
-        lr=2e-3,
-        weight_decay=0.05,
-    ),
-}
-RECIPES["demo"] = RECIPES["cifar"] | dict(                  # our choice
-    data="synthetic:6000",
-    crop_min=0.3,
-    batch_size=128,
-    epochs=2,
-    warmup_epochs=0,
-    lr=1.5e-3,
-    weight_decay=0.1,
-)
+RECIPES = recipes.of("teacher", PAPER)
 
 
 def get_args(argv=None):

@@ -14,7 +14,7 @@ from torch import nn
 
 import data
 from model import SIZES, PatchDiscriminator, PerceptualLoss, VQTokenizer, adversarial
-from support import flags, launch
+from support import flags, launch, recipes
 from support.flags import amount, count, positive, rate, within
 from support.run import Run
 from support.weights import perceptual_network
@@ -45,54 +45,7 @@ PAPER = dict(
     lr=5e-5,                    # [PeCo]
     betas=[0.5, 0.95],          # [PeCo]
 )
-RECIPES = {
-    "paper": PAPER,
-    "photos": PAPER | dict(     # our choice: some thousand photos, without labels
-        data="data/photos",
-        image_size=128,
-        crop_min=0.4,
-        vit="tiny",
-        decoder_blocks=4,
-        codebook_size=512,
-        code_dim=32,
-        decay=0.9,              # a run of few steps: at 0.98 three codes were left after 16
-        revive=0.1,
-        perceptual="runs/photos/teacher",
-        batch_size=32,
-        epochs=10,
-        warmup_steps=50,
-        lr=4e-4,
-    ),
-    "cifar": PAPER | dict(      # our choice
-        data="cifar10",
-        image_size=32,
-        crop_min=0.4,
-        eval_crop=1.0,
-        vit="nano",             # it takes up more than small convolutions do, and is faster
-        patch_size=8,
-        decoder_blocks=2,
-        codebook_size=256,
-        code_dim=32,
-        decay=0.98,
-        revive=0.05,
-        perceptual="runs/cifar/teacher",
-        epochs=3,
-        warmup_steps=50,
-        lr=1e-3,
-        save_every=3,
-    ),
-}
-RECIPES["demo"] = RECIPES["cifar"] | dict(                  # our choice
-    data="synthetic:6000",
-    vit=None,                   # on these scenes a ViT's codes taught the student next to nothing
-    channels=[16, 32, 32, 64],
-    decoder_blocks=1,
-    decay=0.9,
-    perceptual="runs/demo/teacher",
-    epochs=1,
-    warmup_steps=10,
-    save_every=1,
-)
+RECIPES = recipes.of("tokenizer", PAPER)
 
 
 def get_args(argv=None):

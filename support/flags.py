@@ -77,7 +77,7 @@ def parser(stage, doc):
     p.add_argument("--help", "-h", action="store_true",
                    help="print this, with the recipe's defaults")
     p.add_argument("--recipe", default="paper",
-                   help="set of defaults, a key of RECIPES at the top of the script")
+                   help="set of defaults: the paper's in the script, others in support/recipes.py")
     shared = p.add_argument_group("flags of every stage")
     shared.add_argument("--output", help="folder of the checkpoints and the log")
     shared.add_argument("--batch-size", type=positive,
