@@ -28,6 +28,8 @@ ARMS = {
     "pixel": "codes of a tokenizer with λ = 0",
     "peco": "**PeCo**, codes with λ = 1: self-supervised network",
     "supervised": "**PeCo**, codes with λ = 1: supervised network",
+    "mae": "**PeCo_MAE**, codes with λ = 1: self-supervised network",   # the paper's Table 8
+    "mae-pixel": "PeCo_MAE, codes of a tokenizer with λ = 0",
     "teacher": "the self-supervised network itself, fine-tuned with each seed",
 }
 TOKENIZERS = {                  # arm → flags of tokenizer.py
@@ -37,6 +39,7 @@ TOKENIZERS = {                  # arm → flags of tokenizer.py
     "peco": f"--perceptual {FOLDER}/teacher",
     "supervised": f"--perceptual {FOLDER}/supervised",
 }
+MAE = {"mae": "peco", "mae-pixel": "pixel"}     # arm → the arm whose codes it predicts
 # Our choice, searched on a held-out tenth of the training images.
 SCRATCH = "--init none --layer-decay 1 --lr 6e-3 --drop-path 0"
 SCRATCH_1 = "--lr 2.34e-3"      # of "finetune-1": in proportion to its batch, 50 of 128
@@ -57,7 +60,6 @@ VARIANTS = {                    # PeCo's tokenizer but for these flags of tokeni
     **{f"codes-{size}": f"--codebook-size {size}" for size in (128, 512)},
     "adversarial": "--adversarial-weight 0.4",                          # Table 7
 }
-MAE = {"mae": "peco", "mae-pixel": "pixel"}     # Table 8: name → the arm whose codes it predicts
 COMPARED = ("pixel", "peco", "supervised")      # arms beside the ablations: Table 5, and λ = 0 or 1
 # Column → (run, a value that its line of the log has, the figure, its format)
 EVALUATED, JUDGED = ("split", "val"), ("codewords", True)
@@ -96,10 +98,13 @@ def chain(arm, seed):
     end, commands = f"{arm}-{seed}", []
     attack = f"tools.attack {FOLDER}/finetune-{end} --images {ATTACKED}"
     start = f"--init {FOLDER}/pretrain-{end}"
-    if arm in TOKENIZERS:
-        commands += tokenized(end, f"{TOKENIZERS[arm]} --seed {seed}", seed)
-        codes = f"--tokenizer {FOLDER}/tokenizer-{end} --seed {seed}"
-        commands.append(stage("pretrain", f"pretrain-{end}", codes))
+    if arm in TOKENIZERS or arm in MAE:
+        codes = MAE.get(arm, arm)
+        commands += tokenized(f"{codes}-{seed}", f"{TOKENIZERS[codes]} --seed {seed}", seed)
+        own = f"--tokenizer {FOLDER}/tokenizer-{codes}-{seed} --seed {seed}"
+        if arm in MAE:
+            own += " --mae --mask-ratio 0.75"
+        commands.append(stage("pretrain", f"pretrain-{end}", own))
         commands += probes(f"pretrain-{end}")
     elif arm == "teacher":
         start = f"--init {FOLDER}/teacher"
@@ -128,13 +133,11 @@ def tokenized(end, own, seed):
 
 def ablations():
     commands = [line for arm in COMPARED for line in chain(arm, 0)]
-    for name in (*VARIANTS, *MAE):
-        tokens = f"tokenizer-{MAE.get(name, name)}-0"
-        more = "--mae --mask-ratio 0.75" if name in MAE else ""
-        if name in VARIANTS:
-            commands += tokenized(f"{name}-0", f"{TOKENIZERS['peco']} {VARIANTS[name]}", 0)
+    for name, own in VARIANTS.items():
+        commands += tokenized(f"{name}-0", f"{TOKENIZERS['peco']} {own}", 0)
+        tokens = f"{FOLDER}/tokenizer-{name}-0"
         commands += [
-            stage("pretrain", f"pretrain-{name}-0", f"--tokenizer {FOLDER}/{tokens} {more}"),
+            stage("pretrain", f"pretrain-{name}-0", f"--tokenizer {tokens}"),
             *probes(f"pretrain-{name}-0"),
             stage("finetune", f"finetune-{name}-0", f"--init {FOLDER}/pretrain-{name}-0")]
     return commands
@@ -201,7 +204,7 @@ def tables(arms, seeds, with_ablations):
     found.append(table(["perceptual network", *own], rows))
     if with_ablations:
         rows = [[name, *cells(ACCURACY, [f"{name}-0"]), *cells(CODES, [f"{name}-0"])]
-                for name in (*COMPARED, *VARIANTS, *MAE)]
+                for name in (*COMPARED, *VARIANTS)]
         found.append(table(["ablation, seed 0", *ACCURACY, *CODES], rows))
     return "\n".join(found)
 
