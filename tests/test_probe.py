@@ -75,6 +75,14 @@ def test_a_run_is_probed_on_its_own_data(stage, kind, chain, folder, short):
     assert [line["top1"] for line in logged if "probe" in line] == 2 * [row["top1"]]
 
 
+def test_the_data_is_found_where_the_run_had_it(chain, folder, monkeypatch):
+    run = shutil.copytree(chain.teacher, folder / "run")
+    state = probe.weights.read_state(run)
+    state["identity"]["data"] = "the name of its folder alone"
+    monkeypatch.setattr(probe.weights, "read_state", lambda run: state)
+    assert found(run, "knn")["data"] == "synthetic:64"
+
+
 def test_few_labels_are_few(chain, folder, monkeypatch):
     seen = []
     whole = probe.knn

@@ -92,7 +92,7 @@ def main(args):
     state = weights.read_state(args.run)
     own = {}                                                # another project's file
     if "stage" in state:
-        own = state["args"] | state.get("identity", {})
+        own = state.get("identity", {}) | state["args"]
     args.image_size = own.get("image_size", 224)
     args.eval_crop = args.eval_crop or own.get("eval_crop", 0.875)
     args.data = args.data or own.get("data", "data/imagenet")
