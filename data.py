@@ -5,6 +5,7 @@ augmentation and its mask, is seeded by (seed, epoch, index): it depends neither
 workers or ranks, nor on where a run was stopped and resumed.
 """
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -309,6 +310,8 @@ def read(dataset, index):
     except InputError:                                      # the dataset has named the culprit
         raise
     except UNREADABLE as error:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise                                           # not the image's fault
         name = dataset.samples[index][0] if hasattr(dataset, "samples") else f"image {index}"
         raise InputError(f"{name}: not a readable image ({error}); restore or delete it") from error
 

@@ -74,21 +74,31 @@ def positions_of(config):
     return "shared" if config["use_shared_relative_position_bias"] else "block"
 
 
+def load_weights(folder):
+    """What model.safetensors holds, or pytorch_model.bin, where older folders have that alone."""
+    file, older = folder / "model.safetensors", folder / "pytorch_model.bin"
+    if older.exists() and not file.exists():
+        return torch.load(older, map_location="cpu", weights_only=True)
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise InputError(f"{folder}: safetensors is missing: pip install safetensors") from None
+    return load_file(file)
+
+
 def read(folder):
     """A folder of transformers' BEiT as one of our checkpoints, of pretrain or finetune.
 
     Input statistics and the crop are preprocessor_config.json's, if it is there.
     """
     try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise InputError(f"{folder}: safetensors is missing: pip install safetensors") from None
-    try:
         config = json.loads((folder / "config.json").read_text())
         processor = {}
         if (folder / "preprocessor_config.json").exists():
             processor = json.loads((folder / "preprocessor_config.json").read_text())
-        weights = from_beit(load_file(folder / "model.safetensors"))
+        if config.get("hidden_act", "gelu") != "gelu":
+            raise ValueError(f"hidden_act {config['hidden_act']}")
+        weights = from_beit(load_weights(folder))
         vit = dict(
             image_size=config["image_size"],
             patch_size=config["patch_size"],
@@ -103,11 +113,14 @@ def read(folder):
             mean=tuple(processor.get("image_mean", HALF)),
             std=tuple(processor.get("image_std", HALF)),
         )
+    except InputError:
+        raise
     except Exception as error:                              # safetensors' is of a class of its own
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{folder}: not read as transformers' BEiT ({reason})") from error
-    args = {}
-    names = list(config.get("id2label", {}).values())
+    args = dict(image_size=vit["image_size"])
+    by_number = config.get("id2label", {})                  # which may come as 0, 1, 10, 100, 2, …
+    names = [by_number[number] for number in sorted(by_number, key=int)]
     if vit["classes"] and names[:1] != ["LABEL_0"]:         # what transformers makes up
         args["class_names"] = names
     if isinstance(processor.get("size"), dict) and "shortest_edge" in processor["size"]:

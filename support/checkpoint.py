@@ -13,6 +13,8 @@ import torch
 
 from support.launch import InputError, warn
 
+PLAIN = (str, int, float, bool, bytes, type(None))          # what weights_only=True lets pass
+
 # What contents of any kind raise where a network is built of them.
 UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -27,8 +29,11 @@ def digest(value):
         sha.update(repr([digest(item) for item in value.items()]).encode())
     elif isinstance(value, (list, tuple)):
         sha.update(repr([digest(item) for item in value]).encode())
-    else:
+    elif type(value) in PLAIN:
         sha.update(repr(value).encode())
+    else:
+        raise InputError(f"{value!r} is a {type(value).__name__}, which no checkpoint may hold: "
+                         "make a plain number or text of it")
     return sha.hexdigest()
 
 

@@ -5,18 +5,28 @@ import hashlib
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 # A rank that hangs ends the job after this time. NCCL's default, here for gloo too.
 TIMEOUT = timedelta(minutes=10)
+
+# How PyTorch words it when a loader's worker is killed, or /dev/shm or the file handles run out.
+WORKERS_FAILED = re.compile(
+    r"DataLoader worker \(pid|</torch_|Too many open files|ancdata|Pin memory thread|"
+    "Cannot allocate memory")
+
+# What torchrun sets. RANK alone comes from elsewhere.
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # What asks a run to end: kill and torchrun, Ctrl-C, a terminal that closes, Slurm's warning.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -39,7 +49,11 @@ def start(main, args):
     3 for a loss or gradient that is not finite, 130 for a Ctrl-C that writes no checkpoint.
     """
     try:
-        if "RANK" in os.environ:                            # set by torchrun
+        if "RANK" in os.environ:
+            lacking = [name for name in TORCHRUN if name not in os.environ]
+            if lacking:
+                raise InputError(f"the environment has RANK but not {', '.join(lacking)}: unset "
+                                 "RANK, or start with torchrun")
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=TIMEOUT)
         micro_batch(args)                                # refused now, not after minutes of loading
@@ -51,6 +65,14 @@ def start(main, args):
         message, status = str(error).rpartition("InputError: ")[2].strip(), 2
     except FloatingPointError as error:
         message, status = error, 3
+    except (OSError, RuntimeError) as error:
+        if not WORKERS_FAILED.search(str(error)):
+            raise
+        reason = str(error).strip().splitlines()[-1]
+        message, status = (
+            f"the loader's workers failed ({reason}): memory, /dev/shm or file handles ran out; "
+            "take fewer --workers (--workers 0: none), in Docker a larger --shm-size, or a higher "
+            "ulimit -n"), 2
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from the last checkpoint, if any"
         status = 128 + signal.SIGINT
@@ -67,6 +89,11 @@ def cleans_up(main):
     """
     @functools.wraps(main)
     def clean(args):
+        for name, value in vars(args).items():              # a notebook's: a checkpoint holds none
+            if isinstance(value, os.PathLike):
+                setattr(args, name, os.fspath(value))
+            elif isinstance(value, np.generic):
+                setattr(args, name, value.item())
         workers_before = multiprocessing.active_children()
         handlers = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGCHLD)}
         try:

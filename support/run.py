@@ -159,7 +159,7 @@ class Run:
     def keep_best(self, step, metric):
         """Write best.pt where an evaluation, higher is better, exceeds all before it."""
         if not math.isnan(metric) and (self.best is None or metric > self.best):
-            self.best = metric
+            self.best = float(metric)                       # of NumPy's, maybe
             self.write("best.pt", step)
         self.clock = time.time()
 

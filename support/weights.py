@@ -3,6 +3,7 @@
 Files are told apart by the names of their weights. Whatever does not fit is refused by name: no
 network with random weights ever stands in for a trained one.
 """
+import contextlib
 from pathlib import Path
 
 import torch
@@ -33,15 +34,19 @@ DOWNLOADS = {
     "vgg16": torchvision.models.VGG16_Weights.IMAGENET1K_V1.url,
     "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url,
 }
-# Input statistics, of pixels in [0, 1]: a file of another project does not say which it had.
+# Input statistics, of pixels in [0, 1].
 STATISTICS = {
-    "half": dict(mean=HALF, std=HALF),                      # BEiT's of ImageNet-22k, and ours
-    "imagenet": dict(mean=IMAGENET_MEAN, std=IMAGENET_STD),     # BEiT's of ImageNet-1K
+    "half": dict(mean=HALF, std=HALF),
+    "imagenet": dict(mean=IMAGENET_MEAN, std=IMAGENET_STD),
 }
 MOCO_V3 = dict(positions="absolute", layer_scale=0.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
-# What belongs to a task and not to the backbone: it may be missing, or of another shape.
-TASK = ("head.", "lm_head.", "fc_norm.", "norm.", "mask_token")
+MOCO_V3_SMALL_HEADS = 12                                    # of its ViT-S; DeiT's and ours has 6
+VITS = ("teacher", "pretrain", "finetune")                  # stages whose "model" is a ViT
+
+# What belongs to a task and not to the backbone: it may be missing, or of another shape. decoder_
+# is MAE's, cls_pt_ that of BEiT v2's extra head.
+TASK = ("head.", "lm_head.", "fc_norm.", "norm.", "mask_token", "decoder_", "cls_pt_")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -115,10 +120,18 @@ def class_names(state):
 def refuse_other_names(source, state, data, names):
     """Raise InputError where the data's classes, `names`, are not those of the checkpoint.
 
-    source, data: what messages call the two.
+    source, data: what messages call the two. Another project may have other words for the same
+    classes: where not one name is common, a line says that nothing was compared.
     """
-    known = class_names(state) if state and state.get("stage") == "finetune" else None
-    for i, (own, name) in enumerate(zip(known or names, names, strict=False)):
+    if not state or state.get("stage") != "finetune" or not class_names(state):
+        return
+    known = class_names(state)
+    if "step" not in state and not set(known) & set(names):     # of transformers
+        if rank() == 0:
+            say(f"{source}: its classes have other names ({known[0]}, …) than those of {data} "
+                f"({names[0]}, …): they are taken by their numbers")
+        return
+    for i, (own, name) in enumerate(zip(known, names, strict=False)):
         if own != name:
             raise InputError(f"{data}: its class {i} is {name}, that of {source} is {own}")
 
@@ -133,52 +146,6 @@ def network_of(state):
 # ------------------------------------------------------------------------------------------------
 # A ViT for another task
 
-def transfer(source, state, arguments, **task):
-    """A ViT for a new task with the weights of another.
-
-    source: what messages call the checkpoint. state: its contents, of teacher.py, pretrain.py or
-    finetune.py, or of BEiT's, timm's or MoCo v3's files; None, or one of ours whose "model" is
-    None: all weights are random.
-    arguments: of VisionTransformer, where the checkpoint does not say. task: those of the new task.
-
-    Returns (the ViT, its arguments, names of the weights that the checkpoint lacks). Raises
-    InputError where the checkpoint is of something else.
-    """
-    stage = state.get("stage") if state is not None else None
-    weights = None
-    if stage in ("teacher", "pretrain", "finetune"):
-        arguments, weights = state["model_args"], state["model"]
-    elif stage:
-        raise InputError(f"{source}: found a checkpoint of {stage}, "
-                         "expected one of teacher, pretrain or finetune")
-    elif state is not None:
-        weights = foreign_weights(source, state)
-        arguments = arguments | kind_of(weights)
-    arguments = {key: value for key, value in arguments.items() if key != "codes"} | task
-    if arguments.get("positions", "shared") == "shared":
-        arguments["positions"] = "block"                    # BEiT; load_backbone fills each block
-    if weights is None:
-        with as_input_error():
-            model = VisionTransformer(**arguments)
-        return model, arguments, list(model.state_dict())
-    with checkpoint.built_from(source):
-        model = VisionTransformer(**arguments)
-    try:
-        return model, arguments, load_backbone(model, weights)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
-
-
-def kind_of(weights):
-    """What the weights of BEiT's, timm's or MoCo v3's files say of the ViT's arguments."""
-    absolute = "pos_embed" in weights
-    if absolute and "blocks.0.attn.q_bias" not in weights:
-        return MOCO_V3
-    # Any layer scale above 0 will do: the trained one is in the file.
-    return dict(positions="learned" if absolute else "block",
-                layer_scale=0.1 if "blocks.0.gamma_1" in weights else 0.0)
-
-
 def add_arguments(p, also="none: from scratch"):
     """Add the flags of a stage that begins from a trained ViT. also: what else --init may be."""
     group = p.add_argument_group("the ViT and its optimizer")
@@ -191,9 +158,7 @@ def add_arguments(p, also="none: from scratch"):
                        help="side of a patch, pixels, where --init does not say")
     group.add_argument("--layer-scale", type=amount,
                        help="initial value, where --init does not say; 0: no layer scale")
-    group.add_argument("--statistics", choices=STATISTICS, default="half",
-                       help="mean and deviation of the inputs, where --init does not say: half "
-                            "(0.5, BEiT's of ImageNet-22k) or imagenet (BEiT's of ImageNet-1K)")
+    add_statistics(group)
     group.add_argument("--drop-path", type=rate,
                        help="rate of the last block, rising from 0 at the first")
     group.add_argument("--betas", type=rate, nargs=2, help="AdamW's β₁ and β₂")
@@ -203,6 +168,13 @@ def add_arguments(p, also="none: from scratch"):
     group.add_argument("--checkpoint-activations", action="store_true",
                        help="recompute blocks in the backward pass: less memory, one forward "
                             "pass more")
+
+
+def add_statistics(p):
+    p.add_argument("--statistics", choices=STATISTICS,
+                   help="mean and deviation of the inputs, where --init does not say: half (0.5, "
+                        "also from scratch and for BEiT's files if not given) or imagenet (MoCo "
+                        "v3's); files of other ViTs need the flag")
 
 
 def read(args):
@@ -215,32 +187,82 @@ def read(args):
 
 
 def begin(args, state, image_size, classes=0):
-    """A ViT for a new task from what --init names, by the flags of add_arguments.
+    """A ViT for a new task from --init, whose contents are `state`, by the flags of add_arguments.
 
-    state: the checkpoint's contents; None: from scratch. Returns as transfer does.
+    Returns as transfer does.
     """
-    arguments = dict(
-        SIZES[args.model], patch_size=args.patch_size, layer_scale=args.layer_scale,
-        positions="learned",                                # the original ViT's [PeCo]
-        **STATISTICS[args.statistics])
+    flags = dict(SIZES[args.model], patch_size=args.patch_size, layer_scale=args.layer_scale)
+    flags |= STATISTICS.get(args.statistics, {})
     vit, arguments, missing = transfer(
-        f"--init {args.init}", state, arguments,
+        f"--init {args.init}", state, flags,
         image_size=image_size, drop_path=args.drop_path, classes=classes)
     vit.checkpoint_activations = args.checkpoint_activations
-    unused = overruled(args, arguments)
+    unused = [f"{key} {value}" for key, value in flags.items() if arguments[key] != value]
     if unused and rank() == 0:
         say(f"--init {args.init} says otherwise, not used: {', '.join(unused)}")
     return vit, arguments, missing
 
 
-def overruled(args, arguments):
-    """Flags, given or the recipe's, that say something else of the ViT than its own arguments."""
-    arguments = STATISTICS["half"] | arguments              # VisionTransformer's defaults
-    said = dict(
-        model=SIZES[args.model], patch_size=dict(patch_size=args.patch_size),
-        layer_scale=dict(layer_scale=args.layer_scale), statistics=STATISTICS[args.statistics])
-    return [f"--{flag.replace('_', '-')} {getattr(args, flag)}" for flag, values in said.items()
-            if arguments | values != arguments]
+def transfer(source, state, arguments, **task):
+    """A ViT for a new task with the weights of another.
+
+    source: what messages call the checkpoint. state: its contents; None: from scratch.
+    arguments: of VisionTransformer, where the checkpoint does not say. task: those of the new task.
+
+    Returns (the ViT, its arguments, names of the weights that the checkpoint lacks).
+    """
+    if state is None:
+        weights = None                                      # the original ViT [PeCo]
+        arguments = STATISTICS["half"] | arguments | dict(positions="learned")
+    elif state.get("stage") in VITS:
+        weights, arguments = state["model"], STATISTICS["half"] | state["model_args"]
+    elif "stage" in state:
+        raise InputError(f"{source}: found a checkpoint of {state['stage']}, "
+                         f"expected one of {' or '.join(VITS)}")
+    else:
+        weights = foreign_weights(source, state)
+        given = {key: arguments[key] for key in ("mean", "std") if key in arguments}
+        arguments = arguments | kind_of(weights, moco_v3=of_moco_v3(state)) | given
+        if "mean" not in arguments:
+            raise InputError(f"{source}: a ViT whose file does not tell the statistics of its "
+                             "inputs: give --statistics imagenet (MoCo v3's, DeiT's, MAE's) or "
+                             "half (most of timm's own)")
+    arguments = {key: value for key, value in arguments.items() if key != "codes"} | task
+    if arguments.get("positions", "shared") == "shared":
+        arguments["positions"] = "block"                    # BEiT; load_backbone fills each block
+    with checkpoint.built_from(source) if weights else as_input_error():
+        vit = VisionTransformer(**arguments)
+    if not weights:
+        return vit, arguments, list(vit.state_dict())
+    try:
+        return vit, arguments, load_backbone(vit, weights)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def of_moco_v3(state):
+    """Whether a file is one that MoCo v3's pre-training writes: two encoders under these names."""
+    names = state.get("state_dict", ())
+    return any("base_encoder." in name for name in names)
+
+
+def kind_of(weights, moco_v3):
+    """What another project's file says of the ViT's arguments; nothing of what it does not say.
+
+    moco_v3: whether it is MoCo v3's. Shapes show neither heads nor the statistics of the inputs.
+    """
+    prefixes = ("decoder_", "cls_pt_")                      # MAE's and BEiT v2's: ImageNet's
+    imagenet = moco_v3 or any(name.startswith(prefixes) for name in weights)
+    if "pos_embed" in weights and "blocks.0.attn.q_bias" not in weights:        # a plain ViT
+        kind = dict(positions="absolute", layer_scale=0.0)
+        if moco_v3 and len(weights.get("blocks.0.norm1.weight", ())) == SIZES["small"]["dim"]:
+            kind["heads"] = MOCO_V3_SMALL_HEADS
+        return kind | (STATISTICS["imagenet"] if imagenet else {})
+    return dict(
+        positions="learned" if "pos_embed" in weights else "block",
+        # Any layer scale above 0 will do: the trained one is in the file.
+        layer_scale=0.1 if "blocks.0.gamma_1" in weights else 0.0,
+        **STATISTICS["imagenet" if imagenet else "half"])
 
 
 def foreign_weights(source, state):
@@ -260,8 +282,8 @@ def foreign_weights(source, state):
 
 
 def bare(weights):
-    """Weights by their own names: without the prefixes of DDP, torch.compile and MoCo v3."""
-    for prefix in ("_orig_mod.", "module.", "_orig_mod.", "base_encoder."):
+    """Weights by their own names, without what wrappers put before them, in whatever order."""
+    for prefix in 2 * ("_orig_mod.", "module.", "base_encoder."):   # torch.compile, DDP, MoCo v3
         inner = {key.removeprefix(prefix): value for key, value in weights.items()
                  if key.startswith(prefix)}
         weights = inner or weights
@@ -285,15 +307,20 @@ def load_backbone(model, weights):
     for key in own:
         if key not in weights or own[key].shape == weights[key].shape:
             continue
-        expected, found = own[key].shape, weights[key].shape
-        if key.endswith("relative_position_bias_table") and expected[1] == found[1]:
-            weights[key] = resize_bias_table(weights[key], model.grid, model.grid)
-        elif key == "pos_embed":
-            weights[key] = resize_positions(weights[key], model.grid, model.grid)
-        elif key.startswith(TASK):
-            del weights[key]
-        else:
-            raise InputError(f"{key}: expected {tuple(expected)}, found {tuple(found)}")
+        found = weights[key].shape
+        with contextlib.suppress(*checkpoint.UNFIT):        # no square grid, or no class token
+            if key.endswith("relative_position_bias_table"):
+                weights[key] = resize_bias_table(weights[key], model.grid, model.grid)
+            elif key == "pos_embed":
+                weights[key] = resize_positions(weights[key], model.grid, model.grid)
+        if weights[key].shape == own[key].shape:
+            continue
+        if not key.startswith(TASK):
+            flag = "--patch-size" if key.startswith("patch_embed") else "--model"
+            raise InputError(
+                f"another architecture: {key}: expected {tuple(own[key].shape)}, found "
+                f"{tuple(found)}; if it is a ViT of another size, give {flag}")
+        del weights[key]
     missing, unexpected = model.load_state_dict(weights, strict=False)
     refuse_others("lacks", missing)
     refuse_others("has", unexpected)
@@ -304,7 +331,8 @@ def refuse_others(verb, keys):
     wrong = [key for key in keys if not key.startswith(TASK)]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise InputError(f"another architecture: it {verb} {wrong[0]}{more}")
+        raise InputError(f"another architecture: it {verb} {wrong[0]}{more}; if it is a ViT of "
+                         "another depth, give --model")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -327,7 +355,7 @@ def perceptual_network(source):
         raise InputError(f"--perceptual {source}: a checkpoint of {stage}, "
                          "expected one of teacher or finetune")
     weights = foreign_weights(f"--perceptual {source}", state)
-    network = imitate(source, weights)
+    network = imitate(source, weights, of_moco_v3(state))
     heads = ("head.", "fc.")                             # not used; MoCo v3 has its projector there
     weights = {key: value for key, value in weights.items() if not key.startswith(heads)}
     digest = checkpoint.digest(weights)
@@ -348,10 +376,10 @@ def download(source):
             "means and pass its path, or that of a teacher.py run") from error
 
 
-def imitate(source, weights):
+def imitate(source, weights, moco_v3):
     """A network of the architecture that a file's weights have."""
-    if "pos_embed" in weights:
-        return VisionTransformer(**SIZES["base"], **MOCO_V3)
+    if "pos_embed" in weights and moco_v3:
+        return VisionTransformer(**SIZES["base"], **kind_of(weights, moco_v3))
     if "features.0.weight" in weights:
         return torchvision.models.vgg16()
     if "layer4.0.conv1.weight" in weights:

@@ -22,7 +22,7 @@ DOCS = {str(path.relative_to(ROOT)): path.read_text()
         for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if path.name != "RESULTS.md"}
 README = DOCS["README.md"]
 OTHERS = {"--max-restarts", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint",
-          "--logdir"}                                       # torchrun's, tensorboard's
+          "--logdir", "--shm-size"}        # torchrun's, tensorboard's, Docker's
 FENCE = re.compile(r"```(\w*)\n(.*?)```", re.S)
 
 

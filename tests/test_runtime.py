@@ -222,7 +222,8 @@ def test_whatever_ends_a_stage_nothing_of_it_is_left(error, handlers):
 def test_a_stage_in_a_thread_catches_no_signals(handlers):
     caught = []
     thread = threading.Thread(
-        target=launch.cleans_up(lambda args: caught.append(launch.catch_signals())), args=[None])
+        target=launch.cleans_up(lambda args: caught.append(launch.catch_signals())),
+        args=[Namespace()])
     thread.start()
     thread.join()
     assert caught == [[]]

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from model import HALF
+from model import HALF, SIZES
 from support import checkpoint, flags, launch
 from support.beit import to_beit
 from support.launch import InputError
-from support.weights import class_names
+from support.weights import MOCO_V3_SMALL_HEADS, class_names
 
 
 def settings(state):
@@ -73,6 +73,10 @@ def settings(state):
 
 
 def export_teacher(state, folder):
+    vit = state["model_args"]
+    if vit["dim"] == SIZES["small"]["dim"] and vit["heads"] != MOCO_V3_SMALL_HEADS:
+        raise InputError(f"a ViT-S of {vit['heads']} heads, which MoCo v3's scripts would build "
+                         f"with {MOCO_V3_SMALL_HEADS}: load it by support.weights.load instead")
     encoder = {f"module.base_encoder.{key}": value for key, value in state["model"].items()}
     folder.mkdir(parents=True, exist_ok=True)
     contents = dict(arch=f"vit_{state['args']['model']}", epoch=state["epoch"], state_dict=encoder)

@@ -33,6 +33,7 @@ def get_args(argv=None):
     p.add_argument("--batch-size", type=flags.positive, default=250, help="images at a time")
     p.add_argument("--amp", choices=["auto", "bf16", "fp32"], default="auto",
                    help="as in finetune.py")
+    weights.add_statistics(p)
     data.add_workers(p)
     args = p.parse_args(argv)
     args.stage, args.accumulate = "probe", 1
@@ -97,7 +98,8 @@ def main(args):
     args.eval_crop = args.eval_crop or own.get("eval_crop", 0.875)
     args.data = args.data or own.get("data", "data/imagenet")
     base = dict(SIZES["base"], patch_size=16, layer_scale=0.1)      # [BEiT]
-    model, _, _ = weights.transfer(args.run, state, base, image_size=args.image_size, classes=0)
+    base |= weights.STATISTICS.get(args.statistics, {})
+    model, _, _ = weights.transfer(args.run, state, base, image_size=args.image_size)
     model.to(device).eval()
 
     dataset = data.load_dataset(args.data, "train", args.image_size)
