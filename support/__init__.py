@@ -6,6 +6,5 @@ checkpoint  one file: a digest, an atomic write, the newest sound file of a fold
 recipes     the recipes that are not the paper's: photos, cifar, demo
 run         a run: its folder, how it goes on, what is due, the check of a step, its log
 weights     networks from weights: our own runs, and files of other projects
-beit        the names that transformers gives BEiT's weights
 scenes      the drawn dataset of the demo and the tests
 """

@@ -4,6 +4,8 @@ Files are told apart by the names of their weights. Whatever does not fit is ref
 network with random weights ever stands in for a trained one.
 """
 import contextlib
+import json
+import re
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from model import (
     resize_bias_table,
     resize_positions,
 )
-from support import beit, checkpoint
+from support import checkpoint
 from support.flags import amount, rate, within
 from support.launch import InputError, as_input_error, first_of_machine, rank, say
 
@@ -44,8 +46,8 @@ MOCO_V3 = dict(positions="absolute", layer_scale=0.0, mean=IMAGENET_MEAN, std=IM
 MOCO_V3_SMALL_HEADS = 12                                    # of its ViT-S; DeiT's and ours has 6
 VITS = ("teacher", "pretrain", "finetune")                  # stages whose "model" is a ViT
 
-# What belongs to a task and not to the backbone: it may be missing, or of another shape. decoder_
-# is MAE's, cls_pt_ that of BEiT v2's extra head.
+# What belongs to a task and not to the backbone: it may be missing, too much, or of another shape.
+# decoder_ is MAE's, cls_pt_ BEiT v2's extra head.
 TASK = ("head.", "lm_head.", "fc_norm.", "norm.", "mask_token", "decoder_", "cls_pt_")
 
 
@@ -58,7 +60,7 @@ def load(path, stages=("teacher", "tokenizer", "pretrain", "finetune")):
     A VQTokenizer of tokenizer.py's, a VisionTransformer of the other stages' and of a folder of
     transformers' BEiT (tools/export.py writes one). Its .preprocess turns an image, as
     data.open_image takes it, into pixels (3, H, W); .classes are the names of finetune.py's
-    classes, else None. Raises InputError for any other stage.
+    classes, else None.
     """
     state = read_state(path, stages)
     model = restore(path, state)
@@ -73,7 +75,7 @@ def read_state(path, stages=None, flag=""):
     """checkpoint.load, which also takes the folders that tools/export.py writes."""
     folder = Path(path)
     if (folder / "config.json").exists():
-        state = beit.read(folder)
+        state = read_beit(folder)
         if stages and state["stage"] not in stages:
             raise InputError(f"{folder}: found transformers' BEiT, "
                              f"expected one of {' or '.join(stages)}")
@@ -83,10 +85,7 @@ def read_state(path, stages=None, flag=""):
 
 
 def read_own(args, classes):
-    """The contents of --init, a run of args.stage itself, for --eval.
-
-    Raises InputError where it is of another stage or has another number of classes.
-    """
+    """The contents of --init, a run of args.stage itself, of so many classes, for --eval."""
     state = checkpoint.load(args.init, [args.stage], "--init")
     found = state["model_args"].get("classes")
     if found != classes:
@@ -105,7 +104,7 @@ def say_other_sizes(args, state):
 
 
 def restore(source, state):
-    """The network of one of our checkpoints, called `source` in messages. Raises InputError."""
+    """The network of one of our checkpoints, called `source` in messages."""
     with checkpoint.built_from(source):
         network = network_of(state)
         network.load_state_dict(state["model"])
@@ -189,85 +188,98 @@ def read(args):
 def begin(args, state, image_size, classes=0):
     """A ViT for a new task from --init, whose contents are `state`, by the flags of add_arguments.
 
-    Returns as transfer does.
-    """
-    flags = dict(SIZES[args.model], patch_size=args.patch_size, layer_scale=args.layer_scale)
-    flags |= STATISTICS.get(args.statistics, {})
-    vit, arguments, missing = transfer(
-        f"--init {args.init}", state, flags,
-        image_size=image_size, drop_path=args.drop_path, classes=classes)
-    vit.checkpoint_activations = args.checkpoint_activations
-    unused = [f"{key} {value}" for key, value in flags.items() if arguments[key] != value]
-    if unused and rank() == 0:
-        say(f"--init {args.init} says otherwise, not used: {', '.join(unused)}")
-    return vit, arguments, missing
-
-
-def transfer(source, state, arguments, **task):
-    """A ViT for a new task with the weights of another.
-
-    source: what messages call the checkpoint. state: its contents; None: from scratch.
-    arguments: of VisionTransformer, where the checkpoint does not say. task: those of the new task.
-
     Returns (the ViT, its arguments, names of the weights that the checkpoint lacks).
     """
-    if state is None:
-        weights = None                                      # the original ViT [PeCo]
-        arguments = STATISTICS["half"] | arguments | dict(positions="learned")
-    elif state.get("stage") in VITS:
+    source, hint = f"--init {args.init}", ""
+    statistics = STATISTICS.get(args.statistics, {})
+    flags = dict(SIZES[args.model], patch_size=args.patch_size, layer_scale=args.layer_scale)
+    flags |= statistics
+    weights = None
+    if state is None:                                       # from scratch: the original ViT [PeCo]
+        arguments = STATISTICS["half"] | flags | dict(positions="learned")
+    elif state.get("stage") in VITS:                        # ours: it says all
         weights, arguments = state["model"], STATISTICS["half"] | state["model_args"]
+        unused = [f"{key} {value}" for key, value in flags.items() if arguments[key] != value]
+        if unused and rank() == 0:
+            say(f"{source} says otherwise, not used: {', '.join(unused)}")
     elif "stage" in state:
         raise InputError(f"{source}: found a checkpoint of {state['stage']}, "
                          f"expected one of {' or '.join(VITS)}")
-    else:
-        weights = foreign_weights(source, state)
-        given = {key: arguments[key] for key in ("mean", "std") if key in arguments}
-        arguments = arguments | kind_of(weights, moco_v3=of_moco_v3(state)) | given
+    else:                                                   # another project's
+        weights, kind = foreign(source, state)
+        arguments = flags | kind | statistics
+        hint = "; if it is a ViT of another size, give its --model and --patch-size"
         if "mean" not in arguments:
             raise InputError(f"{source}: a ViT whose file does not tell the statistics of its "
                              "inputs: give --statistics imagenet (MoCo v3's, DeiT's, MAE's) or "
                              "half (most of timm's own)")
-    arguments = {key: value for key, value in arguments.items() if key != "codes"} | task
+
+    arguments = {key: value for key, value in arguments.items() if key != "codes"}
+    arguments |= dict(image_size=image_size, drop_path=args.drop_path, classes=classes)
     if arguments.get("positions", "shared") == "shared":
         arguments["positions"] = "block"                    # BEiT; load_backbone fills each block
     with checkpoint.built_from(source) if weights else as_input_error():
         vit = VisionTransformer(**arguments)
+    vit.checkpoint_activations = args.checkpoint_activations
     if not weights:
         return vit, arguments, list(vit.state_dict())
     try:
         return vit, arguments, load_backbone(vit, weights)
     except InputError as error:
-        raise InputError(f"{source}: {error}") from error
+        raise InputError(f"{source}: another architecture: {error}{hint}") from error
 
 
-def of_moco_v3(state):
-    """Whether a file is one that MoCo v3's pre-training writes: two encoders under these names."""
-    names = state.get("state_dict", ())
-    return any("base_encoder." in name for name in names)
+def load_backbone(model, weights):
+    """Load a ViT's weights into another one for a new task.
 
-
-def kind_of(weights, moco_v3):
-    """What another project's file says of the ViT's arguments; nothing of what it does not say.
-
-    moco_v3: whether it is MoCo v3's. Shapes show neither heads nor the statistics of the inputs.
+    A shared position bias is copied into every block where the model has one a block; positions
+    are interpolated to another grid; the new task's own layers stay as initialised. Returns their
+    names.
     """
-    prefixes = ("decoder_", "cls_pt_")                      # MAE's and BEiT v2's: ImageNet's
-    imagenet = moco_v3 or any(name.startswith(prefixes) for name in weights)
-    if "pos_embed" in weights and "blocks.0.attn.q_bias" not in weights:        # a plain ViT
-        kind = dict(positions="absolute", layer_scale=0.0)
-        if moco_v3 and len(weights.get("blocks.0.norm1.weight", ())) == SIZES["small"]["dim"]:
-            kind["heads"] = MOCO_V3_SMALL_HEADS
-        return kind | (STATISTICS["imagenet"] if imagenet else {})
-    return dict(
-        positions="learned" if "pos_embed" in weights else "block",
-        # Any layer scale above 0 will do: the trained one is in the file.
-        layer_scale=0.1 if "blocks.0.gamma_1" in weights else 0.0,
-        **STATISTICS["imagenet" if imagenet else "half"])
+    own = model.state_dict()
+    computed = ("relative_position_index", "k_bias")        # in BEiT's files; the second is 0
+    weights = {key: value for key, value in weights.items() if not key.endswith(computed)}
+    tables = [key for key in own if key.endswith("relative_position_bias_table")]
+    if tables and "rel_pos_bias.relative_position_bias_table" in weights:
+        shared = weights.pop("rel_pos_bias.relative_position_bias_table")
+        weights |= dict.fromkeys(tables, shared)
+    for key, value in own.items():
+        expected, found = value.shape, weights.get(key, value).shape
+        if expected == found:
+            continue
+        with contextlib.suppress(*checkpoint.UNFIT):        # no square grid, or no class token
+            if key in tables:
+                weights[key] = resize_bias_table(weights[key], model.grid, model.grid)
+            elif key == "pos_embed":
+                weights[key] = resize_positions(weights[key], model.grid, model.grid)
+        if weights[key].shape != expected:
+            if not key.startswith(TASK):
+                raise InputError(f"{key}: expected {tuple(expected)}, found {tuple(found)}")
+            del weights[key]
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    refuse_others("it", TASK, missing, unexpected)
+    return missing
 
 
-def foreign_weights(source, state):
-    """Weights of another project's file: BEiT's, MoCo v3's, DeepSpeed's, or nothing but them."""
-    for key in ("model", "state_dict", "module"):
+def refuse_others(source, optional, missing, unexpected):
+    """Refuse weights that are missing or too much, but those whose names begin with `optional`."""
+    for verb, keys in (("lacks", missing), ("has", unexpected)):
+        wrong = [key for key in keys if not key.startswith(optional)]
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise InputError(f"{source} {verb} {wrong[0]}{more}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Other projects' files
+
+def foreign(source, state):
+    """Another project's file: its weights by their own names, and what it says of the ViT.
+
+    The second are arguments of VisionTransformer. Shapes show neither the number of heads nor the
+    statistics of the inputs: what is not known of this kind of file is left out.
+    """
+    for key in ("model", "state_dict", "module"):           # BEiT's, MoCo v3's, DeepSpeed's
         if isinstance(state.get(key), dict):
             state = state[key]
             break
@@ -278,61 +290,152 @@ def foreign_weights(source, state):
         checkpoint.check_weights(weights)
     except checkpoint.UNFIT as error:
         raise InputError(f"{source}: {error}") from error
-    return weights
+
+    moco_v3 = any("base_encoder." in name for name in state)
+    others = any(name.startswith(("decoder_", "cls_pt_")) for name in weights)  # MAE's, BEiT v2's
+    inputs = STATISTICS["imagenet"] if moco_v3 or others else {}
+    if "pos_embed" in weights and "blocks.0.attn.q_bias" not in weights:        # a plain ViT
+        kind = dict(positions="absolute", layer_scale=0.0, **inputs)
+        if moco_v3 and weights["pos_embed"].shape[-1:] == (SIZES["small"]["dim"],):
+            kind["heads"] = MOCO_V3_SMALL_HEADS
+        return weights, kind
+    return weights, dict(
+        positions="learned" if "pos_embed" in weights else "block",
+        # Any layer scale above 0 will do: the trained one is in the file.
+        layer_scale=0.1 if "blocks.0.gamma_1" in weights else 0.0,
+        **(inputs or STATISTICS["half"]))
 
 
 def bare(weights):
-    """Weights by their own names, without what wrappers put before them, in whatever order."""
-    for prefix in 2 * ("_orig_mod.", "module.", "base_encoder."):   # torch.compile, DDP, MoCo v3
-        inner = {key.removeprefix(prefix): value for key, value in weights.items()
-                 if key.startswith(prefix)}
-        weights = inner or weights
-    return weights
+    """Weights by their own names, without what wrappers put before them.
 
-
-def load_backbone(model, weights):
-    """Load a ViT's weights into another one for a new task.
-
-    A shared position bias is copied into every block where the model has one a block; positions
-    are interpolated to another grid; the new task's own layers stay as initialised. Returns their
-    names. Raises InputError where the architectures differ.
+    torch.compile, DDP and MoCo v3 do, one around the other in any order.
     """
-    own = model.state_dict()
-    computed = ("relative_position_index", "k_bias")        # in BEiT's files; the second is 0
-    weights = {key: value for key, value in weights.items() if not key.endswith(computed)}
-    tables = [key for key in own if key.endswith("relative_position_bias_table")]
-    if tables and "rel_pos_bias.relative_position_bias_table" in weights:
-        shared = weights.pop("rel_pos_bias.relative_position_bias_table")
-        weights |= dict.fromkeys(tables, shared)
-    for key in own:
-        if key not in weights or own[key].shape == weights[key].shape:
-            continue
-        found = weights[key].shape
-        with contextlib.suppress(*checkpoint.UNFIT):        # no square grid, or no class token
-            if key.endswith("relative_position_bias_table"):
-                weights[key] = resize_bias_table(weights[key], model.grid, model.grid)
-            elif key == "pos_embed":
-                weights[key] = resize_positions(weights[key], model.grid, model.grid)
-        if weights[key].shape == own[key].shape:
-            continue
-        if not key.startswith(TASK):
-            flag = "--patch-size" if key.startswith("patch_embed") else "--model"
-            raise InputError(
-                f"another architecture: {key}: expected {tuple(own[key].shape)}, found "
-                f"{tuple(found)}; if it is a ViT of another size, give {flag}")
-        del weights[key]
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    refuse_others("lacks", missing)
-    refuse_others("has", unexpected)
-    return missing
+    while True:
+        for prefix in ("_orig_mod.", "module.", "base_encoder."):
+            inner = {key.removeprefix(prefix): value for key, value in weights.items()
+                     if key.startswith(prefix)}
+            if inner:
+                weights = inner
+                break
+        else:
+            return weights
 
 
-def refuse_others(verb, keys):
-    wrong = [key for key in keys if not key.startswith(TASK)]
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise InputError(f"another architecture: it {verb} {wrong[0]}{more}; if it is a ViT of "
-                         "another depth, give --model")
+# ------------------------------------------------------------------------------------------------
+# Folders of transformers' BEiT: config.json beside the weights. Hugging Face has the published BEiT
+# in this form, and tools/export.py writes it.
+
+NAMES = [      # how our names begin, at their start or behind a block's number; transformers'
+    ("cls_token", "beit.embeddings.cls_token"),
+    ("mask_token", "beit.embeddings.mask_token"),
+    ("pos_embed", "beit.embeddings.position_embeddings"),
+    ("patch_embed.proj.", "beit.embeddings.patch_embeddings.projection."),
+    ("rel_pos_bias.", "beit.encoder.relative_position_bias."),
+    ("blocks.", "beit.encoder.layer."),
+    ("norm1.", "layernorm_before."),
+    ("attn.relative_position_bias_table",
+     "attention.attention.relative_position_bias.relative_position_bias_table"),
+    ("attn.q_bias", "attention.attention.query.bias"),
+    ("attn.v_bias", "attention.attention.value.bias"),
+    ("attn.proj.", "attention.output.dense."),
+    ("gamma_", "lambda_"),
+    ("norm2.", "layernorm_after."),
+    ("mlp.fc1.", "intermediate.dense."),
+    ("mlp.fc2.", "output.dense."),
+    ("norm.", "layernorm."),
+    ("fc_norm.", "beit.pooler.layernorm."),
+    ("head.", "classifier."),
+]
+TOGETHER = ".attn.qkv.weight"                               # one matrix; transformers has three
+APART = ".attention.attention.{}.weight"
+
+
+def to_beit(weights):
+    """A ViT's weights by transformers' names; queries, keys and values apart."""
+    result = {}
+    for key, value in weights.items():
+        name = renamed(key, NAMES)
+        if name.endswith(TOGETHER):
+            for part, matrix in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                result[name.replace(TOGETHER, APART.format(part))] = matrix.contiguous()
+        else:
+            result[name] = value.contiguous()
+    return result
+
+
+def from_beit(weights):
+    """The inverse. What transformers' files hold and a ViT computes is left out."""
+    back = [(theirs, ours) for ours, theirs in NAMES]
+    result = {renamed(key, back): value for key, value in weights.items()
+              if not key.endswith("relative_position_index")}
+    for query in [key for key in result if key.endswith(APART.format("query"))]:
+        names = [query.replace("query", part) for part in ("query", "key", "value")]
+        matrices = [result.pop(name) for name in names]
+        result[query.replace(APART.format("query"), TOGETHER)] = torch.cat(matrices)
+    return result
+
+
+def renamed(key, names):
+    for old, new in names:
+        key = re.sub(rf"(^|\.\d+\.){re.escape(old)}", rf"\g<1>{new}", key)
+    return key
+
+
+def read_beit(folder):
+    """A folder of transformers' BEiT as one of our checkpoints, of pretrain or finetune.
+
+    Input statistics and the crop are preprocessor_config.json's, if it is there.
+    """
+    try:
+        config, processor = [
+            json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+            for name in ("config.json", "preprocessor_config.json")]
+        if config.get("hidden_act", "gelu") != "gelu":
+            raise ValueError(f"hidden_act {config['hidden_act']}")
+        weights = from_beit(load_weights(folder))
+        checkpoint.check_weights(weights)
+        vit = dict(
+            image_size=config["image_size"],
+            patch_size=config["patch_size"],
+            dim=config["hidden_size"],
+            depth=config["num_hidden_layers"],
+            heads=config["num_attention_heads"],
+            positions=("learned" if config["use_absolute_position_embeddings"] else
+                       "shared" if config["use_shared_relative_position_bias"] else "block"),
+            layer_scale=config["layer_scale_init_value"],
+            drop_path=config["drop_path_rate"],
+            codes=len(weights.get("lm_head.bias", ())),
+            classes=len(weights.get("head.bias", ())),
+            mean=tuple(processor.get("image_mean", HALF)),
+            std=tuple(processor.get("image_std", HALF)),
+        )
+    except InputError:
+        raise
+    except Exception as error:                              # safetensors' is of a class of its own
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{folder}: not read as transformers' BEiT ({reason})") from error
+    args = dict(image_size=vit["image_size"])
+    by_number = config.get("id2label", {})                  # which may come as 0, 1, 10, 100, 2, …
+    names = [by_number[number] for number in sorted(by_number, key=int)]
+    if vit["classes"] and names[:1] != ["LABEL_0"]:         # what transformers makes up
+        args["class_names"] = names
+    if isinstance(processor.get("size"), dict) and "shortest_edge" in processor["size"]:
+        args["eval_crop"] = vit["image_size"] / processor["size"]["shortest_edge"]
+    return dict(stage="pretrain" if vit["codes"] else "finetune", args=args, model_args=vit,
+                model=weights, digest=checkpoint.digest(weights))
+
+
+def load_weights(folder):
+    """What model.safetensors holds, or pytorch_model.bin, where older folders have that alone."""
+    file, older = folder / "model.safetensors", folder / "pytorch_model.bin"
+    if older.exists() and not file.exists():
+        return torch.load(older, map_location="cpu", weights_only=True)
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise InputError(f"{folder}: safetensors is missing: pip install safetensors") from None
+    return load_file(file)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -354,15 +457,22 @@ def perceptual_network(source):
     if stage:
         raise InputError(f"--perceptual {source}: a checkpoint of {stage}, "
                          "expected one of teacher or finetune")
-    weights = foreign_weights(f"--perceptual {source}", state)
-    network = imitate(source, weights, of_moco_v3(state))
+    weights, kind = foreign(f"--perceptual {source}", state)
+    if kind["positions"] == "absolute" and "mean" in kind:
+        network = VisionTransformer(**SIZES["base"] | kind)     # MoCo v3's
+    elif "features.0.weight" in weights:
+        network = torchvision.models.vgg16()
+    elif "layer4.0.conv1.weight" in weights:
+        network = torchvision.models.resnet50()
+    else:
+        raise InputError(f"--perceptual {source}: neither a teacher.py run nor weights of MoCo v3, "
+                         "VGG-16 or ResNet-50")
     heads = ("head.", "fc.")                             # not used; MoCo v3 has its projector there
     weights = {key: value for key, value in weights.items() if not key.startswith(heads)}
-    digest = checkpoint.digest(weights)
-    weights |= {key: value for key, value in network.state_dict().items() if key.startswith(heads)}
     with checkpoint.built_from(f"--perceptual {source}"):
-        network.load_state_dict(weights)
-    return network, digest
+        found = network.load_state_dict(weights, strict=False)
+        refuse_others(f"--perceptual {source}", heads, *found)
+    return network, checkpoint.digest(weights)
 
 
 def download(source):
@@ -374,15 +484,3 @@ def download(source):
         raise InputError(
             f"--perceptual {source}: download of {url} failed ({error}); fetch the file by other "
             "means and pass its path, or that of a teacher.py run") from error
-
-
-def imitate(source, weights, moco_v3):
-    """A network of the architecture that a file's weights have."""
-    if "pos_embed" in weights and moco_v3:
-        return VisionTransformer(**SIZES["base"], **kind_of(weights, moco_v3))
-    if "features.0.weight" in weights:
-        return torchvision.models.vgg16()
-    if "layer4.0.conv1.weight" in weights:
-        return torchvision.models.resnet50()
-    raise InputError(f"--perceptual {source}: neither a teacher.py run nor weights of MoCo v3, "
-                     "VGG-16 or ResNet-50")

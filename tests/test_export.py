@@ -13,7 +13,7 @@ from PIL import Image
 import data
 import finetune
 from model import SIZES, VisionTransformer
-from support import beit, checkpoint, weights
+from support import checkpoint, weights
 from support.launch import InputError
 from support.scenes import Synthetic
 from tools import export
@@ -137,9 +137,9 @@ def test_names_of_the_classes_travel(chain):
 def test_names_of_transformers_and_back(either):
     for stage in ("pretrain", "finetune"):
         given = checkpoint.load(getattr(either, stage))["model"]
-        theirs = beit.to_beit(given)
+        theirs = weights.to_beit(given)
         assert not any(re.search("attn|mlp|blocks|gamma|pos_embed", key) for key in theirs)
-        back = beit.from_beit(theirs | {"beit.x.relative_position_index": torch.zeros(1)})
+        back = weights.from_beit(theirs | {"beit.x.relative_position_index": torch.zeros(1)})
         assert back.keys() == given.keys()
         assert all(torch.equal(value, given[key]) for key, value in back.items())
 

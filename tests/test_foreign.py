@@ -20,8 +20,8 @@ import finetune
 import segment
 from model import HALF, IMAGENET_MEAN, SIZES, VisionTransformer
 from support import checkpoint, launch, weights
-from support.beit import to_beit
 from support.launch import InputError
+from support.weights import to_beit
 from tools import export
 
 NANO = dict(SIZES["nano"], image_size=32, patch_size=8)
@@ -175,11 +175,12 @@ def test_a_plain_vit_is_no_perceptual_network(capsys):
 
 @pytest.fixture
 def small(monkeypatch):
-    """A ViT-S that is quickly made."""
+    """A ViT-S, and a ViT-B, that are quickly made."""
+    monkeypatch.setitem(SIZES, "base", SIZES["nano"])
     monkeypatch.setitem(SIZES, "small", dict(dim=48, depth=2, heads=6))
 
 
-def test_moco_v3s_vit_s_has_12_heads(small):
+def test_moco_v3s_vit_s_has_12_heads(small, capsys):
     vit = VisionTransformer(
         **NANO | SIZES["small"] | dict(heads=12), positions="absolute", layer_scale=0.0)
     names = {f"module.base_encoder.{key}": value for key, value in vit.state_dict().items()}
@@ -187,6 +188,8 @@ def test_moco_v3s_vit_s_has_12_heads(small):
     own = begun("vit-s-300ep.pth.tar", "--model", "small")
     assert own.blocks[0].attn.heads == vit.blocks[0].attn.heads == 12
     assert mean(own) == pytest.approx(IMAGENET_MEAN)
+    message = fails(capsys, "tokenizer", "--perceptual", "vit-s-300ep.pth.tar")     # no ViT-B
+    assert "vit-s-300ep.pth.tar" in message
     torch.save(vit.state_dict(), "deit.pth")                # DeiT's and timm's have 6
     own = begun("deit.pth", "--model", "small", "--statistics", "imagenet")
     assert own.blocks[0].attn.heads == 6

@@ -13,6 +13,10 @@ MAY_IMPORT = {                                              # of the project
     "support.flags": {"support.launch"},
     "support.checkpoint": {"support.launch"},
     "support.scenes": {"support.launch"},
+    "support.run": {"support.launch", "support.checkpoint"},
+    # data: load gives a network the transform of its run's evaluation; flags: the ranges of numbers
+    "support.weights": {"support.launch", "support.checkpoint", "support.flags", "model", "data"},
+    "data": {"support.launch", "support.flags", "support.scenes"},
 }
 ALONE = """
 from model import VisionTransformer, VQTokenizer, block_mask

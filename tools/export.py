@@ -16,9 +16,8 @@ import torch
 
 from model import HALF, SIZES
 from support import checkpoint, flags, launch
-from support.beit import to_beit
 from support.launch import InputError
-from support.weights import MOCO_V3_SMALL_HEADS, class_names
+from support.weights import MOCO_V3_SMALL_HEADS, class_names, to_beit
 
 
 def settings(state):

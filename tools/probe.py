@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from model import SIZES
 from support import checkpoint, flags, launch, weights
 from support import run as logbook
 
@@ -97,9 +96,12 @@ def main(args):
     args.image_size = own.get("image_size", 224)
     args.eval_crop = args.eval_crop or own.get("eval_crop", 0.875)
     args.data = args.data or own.get("data", "data/imagenet")
-    base = dict(SIZES["base"], patch_size=16, layer_scale=0.1)      # [BEiT]
-    base |= weights.STATISTICS.get(args.statistics, {})
-    model, _, _ = weights.transfer(args.run, state, base, image_size=args.image_size)
+    if state.get("stage") in weights.VITS:
+        model = weights.restore(args.run, state)
+    else:                                                   # a ViT-B/16 of another project
+        vars(args).update(init=args.run, model="base", patch_size=16, layer_scale=0.0,
+                          drop_path=0.0, checkpoint_activations=False)
+        model, _, _ = weights.begin(args, state, args.image_size)
     model.to(device).eval()
 
     dataset = data.load_dataset(args.data, "train", args.image_size)
