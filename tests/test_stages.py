@@ -27,7 +27,7 @@ import teacher
 from support import checkpoint, launch
 from support.run import Run
 
-FLAGS_WITHOUT_DEFAULT = {"steps", "epochs", "perceptual_layers", "decoder_channels",
+FLAGS_WITHOUT_DEFAULT = {"statistics", "steps", "epochs", "perceptual_layers", "decoder_channels",
                          "decoder_blocks", "vit"}
 # Read the shared flags.
 LIBRARY = ("support/flags.py", "support/launch.py", "support/run.py", "support/weights.py",
