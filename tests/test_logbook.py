@@ -607,12 +607,15 @@ def test_curves_and_pictures_for_tensorboard():
         for step in stage.run.progress():
             stage.train(step)
             if step == stop:
+                save_image(torch.rand(3, 8, 8), "run/sheet.png")
+                stage.run.log_evaluation(stop, split="val", top1=10.0 + stop)
                 break
-        save_image(torch.rand(3, 8, 8), "run/sheet.png")
-        stage.run.log_evaluation(stop, split="val", top1=10.0 + stop)
 
     train(8)
     train(10)                                               # from the checkpoint of step 5 on
+    # TensorBoard reads files by their names, of which the second tells the order, but not here.
+    for file in sorted(Path("run").glob("events.*"), key=lambda file: int(file.suffix[1:])):
+        file.rename(f"run/events.out.tfevents.{int(file.suffix[1:]):010d}.host")
     found = accumulator.EventAccumulator("run").Reload()
     assert [event.step for event in found.Scalars("train/loss")] == list(range(1, 11))
     assert [event.value for event in found.Scalars("val/top1")][-1] == 20
