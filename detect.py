@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.models.detection import MaskRCNN
@@ -61,7 +60,7 @@ PAPER = dict(
     weight_decay=0.05,          # [PeCo]
 )
 RECIPES = recipes.of("detect", PAPER)
-PICTURES = 8                    # validation images drawn at each evaluation; our choice
+PICTURES = 8                    # images saved at each evaluation; our choice
 
 
 def get_args(argv=None):
@@ -75,8 +74,8 @@ def get_args(argv=None):
                    help="boxes sampled of an image in training, to classify")
     p.add_argument("--warmup-steps", type=count, help="steps of linear warm-up of the lr")
     weights.add_arguments(p, also="none: from scratch; with --eval: a run of detect.py")
-    layout = "synthetic[:IMAGES], or a folder in COCO's layout: train2017/, val2017/, annotations/"
-    data.add_arguments(p, layout=layout, augment=False)
+    data.add_arguments(p, augment=False, layout="synthetic[:IMAGES], or a folder in COCO's layout: "
+                                                "train2017/, val2017/, annotations/")
     return flags.parse(p, RECIPES, argv)
 
 
@@ -84,10 +83,9 @@ def get_args(argv=None):
 # Data: (PIL image, target), as scenes.instances makes it. Labels count from 1.
 
 def load_dataset(name, split, image_size):
-    """The dataset of --data, with .classes, their names, .ids and .category_ids, as COCO's.
+    """The dataset of --data for a split, "train" or "val"; image_size: pixels, of drawn scenes.
 
-    split: "train" or "val"; image_size: pixels, of drawn scenes. Raises InputError where it is not
-    there.
+    Its .classes are their names; .ids and .category_ids are those of COCO's files.
     """
     if name.partition(":")[0] == "synthetic":
         return Scenes(split, synthetic_number(name, split), image_size, target="instances")
@@ -109,34 +107,25 @@ class Coco(Dataset):
             self.ids = sorted(self.coco.imgs)
             self.category_ids = sorted(self.coco.cats)
             self.classes = [self.coco.cats[i]["name"] for i in self.category_ids]
-            self.samples = []                               # (file, id) of each image
-            for i in self.ids:
-                self.samples.append((Path(folder, self.coco.imgs[i]["file_name"]), i))
+            self.samples = [(Path(folder, self.coco.imgs[i]["file_name"]), i) for i in self.ids]
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise InputError(f"{file}: not COCO's format of instances "
                              f"({type(error).__name__}: {error})") from error
         self.coco.dataset.setdefault("info", {})            # pycocotools 2.0.10 asks for it
         for annotation in self.coco.anns.values():
-            self.check(file, annotation)
-
-    def check(self, file, annotation):
-        """Refuse an annotation that training or evaluation would fail on, by its id.
-
-        Polygons of fewer than three points enclose nothing: they are left out.
-        """
-        outline = annotation.get("segmentation")
-        if isinstance(outline, list):
-            outline = [polygon for polygon in outline if len(polygon) >= 6]
-            annotation["segmentation"] = outline
-        box, area = annotation.get("bbox"), annotation.get("area")
-        wrong = [name for name, fits in (
-            ("category_id", annotation.get("category_id") in self.coco.cats),
-            ("bbox", isinstance(box, list) and len(box) == 4 and None not in box),
-            ("area", isinstance(area, (int, float))),
-            ("segmentation", bool(outline))) if not fits]
-        if wrong:
-            raise InputError(f"{file}: annotation {annotation['id']}: its {' and '.join(wrong)} "
-                             "is missing or of no use: mend it or take it out")
+            outline, box = annotation.get("segmentation"), annotation.get("bbox")
+            if isinstance(outline, list):                   # two points enclose nothing
+                outline = [polygon for polygon in outline if len(polygon) >= 6]
+                annotation["segmentation"] = outline
+            fits = dict(
+                category_id=annotation.get("category_id") in self.coco.cats,
+                bbox=isinstance(box, list) and len(box) == 4 and None not in box,
+                area=isinstance(annotation.get("area"), (int, float)),
+                segmentation=bool(outline))
+            for name in fits:
+                if not fits[name]:
+                    raise InputError(f"{file}: annotation {annotation['id']}: its {name} is "
+                                     "missing or of no use: mend it or take it out")
 
     def __len__(self):
         return len(self.samples)
@@ -158,8 +147,7 @@ class Coco(Dataset):
         masks = np.zeros((len(objects), image.height, image.width), np.uint8)
         for i, annotation in enumerate(objects):
             masks[i] = self.coco.annToMask(annotation)
-        labels = torch.tensor(labels, dtype=torch.int64)
-        return image, instances(boxes, labels, torch.from_numpy(masks))
+        return image, instances(boxes, torch.tensor(labels).long(), torch.from_numpy(masks))
 
 
 def quiet():
@@ -168,10 +156,7 @@ def quiet():
 
 
 def transform(train):
-    """A flip in training. Boxes are cut to the image; those under a pixel are left out.
-
-    Resizing is a part of the network, as torchvision has it.
-    """
+    """A flip in training; boxes are cut to the image. The network itself resizes [torchvision]."""
     steps = [T.ClampBoundingBoxes(), T.SanitizeBoundingBoxes(), T.ToPureTensor(), data.to_pixels]
     if train:
         steps.insert(0, T.RandomHorizontalFlip())
@@ -182,12 +167,12 @@ def transform(train):
 # The network
 
 class Backbone(nn.Module):
-    """Images (B, 3, H, W) → five maps (B, channels, ·, ·), at ×4, ×2, ×1, ×½, ×¼ of the ViT's grid.
+    """A feature pyramid (FPN, 1612.03144) over ViTPyramid's four maps.
 
-    They are a feature pyramid (FPN, 1612.03144) over ViTPyramid's four.
+    Images (B, 3, H, W) → five maps (B, channels, ·, ·), at ×4, ×2, ×1, ×½, ×¼ of the ViT's grid.
 
-    autocast: the context of this part alone. torchvision makes anchors and boxes in the maps'
-    dtype, and in bf16 a coordinate above 512 is a multiple of 4: so what follows is in fp32.
+    autocast: the context of this part alone; what follows is in fp32. torchvision makes boxes in
+    the maps' dtype, and bf16 would round a coordinate above 512 to a multiple of 4.
     """
 
     def __init__(self, vit, channels):
@@ -208,12 +193,11 @@ class Backbone(nn.Module):
 def mask_rcnn(vit, classes, channels, boxes, size, max_size):
     """torchvision's Mask R-CNN on a ViT.
 
-    Lists of images (3, H, W) and, in training, of targets → in training a dict of losses, else
-    detections in the images' own pixels.
+    In training: lists of images (3, H, W) and targets → a dict of losses. Else: images → their
+    detections, in their own pixels.
 
-    channels: of pyramid and heads; boxes: sampled of an image in training; size: of the shorter
-    side, pixels; max_size: of the longer one. With 256 channels and 512 boxes all but the ViT is
-    torchvision's own.
+    channels: of pyramid and heads; boxes: sampled from an image in training; size, max_size: of the
+    shorter side and of the longer, pixels. torchvision's own values are 256 channels, 512 boxes.
     """
     patch = vit.patch_size
     if patch & (patch - 1):
@@ -237,13 +221,11 @@ def mask_rcnn(vit, classes, channels, boxes, size, max_size):
 
 
 def build(args, classes, state):
-    """The network on a checkpoint's ViT, and the arguments to build it again.
-
-    classes: number of them. state: the checkpoint's contents; None: from scratch.
-    """
-    stored = state["model_args"] if state and "stage" in state else {}
+    """The network on the ViT of a checkpoint's contents (None: from scratch), and its arguments."""
+    # A ViT is made for whole patches. Another project's file has no model_args.
+    stored = (state or {}).get("model_args", {})
     patch = stored.get("patch_size", args.patch_size)
-    whole = math.ceil(args.image_size / patch) * patch      # pixels, a multiple of the patches'
+    whole = math.ceil(args.image_size / patch) * patch      # pixels
     vit, vit_args, _ = weights.begin(args, state, whole)
     rest = dict(classes=classes, channels=args.channels, boxes=args.boxes, size=args.image_size,
                 max_size=args.max_size)
@@ -254,8 +236,9 @@ def load(args, classes):
     """The network of a run of detect.py, which is --init, for images of --image-size."""
     state = weights.read_own(args, classes)
     arguments = state["model_args"] | dict(size=args.image_size, max_size=args.max_size)
+    vit_args = arguments.pop("vit")
     with checkpoint.built_from(f"--init {args.init}"):
-        model = mask_rcnn(VisionTransformer(**arguments.pop("vit")), **arguments)
+        model = mask_rcnn(VisionTransformer(**vit_args), **arguments)
         model.load_state_dict(state["model"])
     return model
 
@@ -279,16 +262,10 @@ def ground_truth(dataset):
     annotations = []
     for index, image_id in enumerate(dataset.ids):
         target = dataset[index][1]
-        boxes = as_coco(target["boxes"])
-        for box, label, mask in zip(boxes, target["labels"].tolist(), target["masks"], strict=True):
-            annotations.append(dict(
-                id=len(annotations) + 1,
-                image_id=image_id,
-                category_id=dataset.category_ids[label - 1],
-                bbox=box,
-                area=int(mask.sum()),
-                iscrowd=0,
-                segmentation=rle.encode(np.asfortranarray(mask.numpy()))))
+        found = dict(target, scores=target["labels"], masks=target["masks"][:, None])
+        for one in as_results(found, image_id, dataset.category_ids):
+            area = int(rle.area(one["segmentation"]))
+            annotations.append(dict(one, id=len(annotations) + 1, area=area, iscrowd=0))
     names = zip(dataset.category_ids, dataset.classes, strict=True)
     coco = COCO()
     coco.dataset = dict(
@@ -312,13 +289,10 @@ def as_results(detections, image_id, category_ids):
     masks = detections["masks"][:, 0] >= 0.5                                    # (n, H, W)
     masks = masks.permute(1, 2, 0).byte().cpu().numpy()                         # (H, W, n)
     masks = rle.encode(np.asfortranarray(masks))
-    labels = detections["labels"].tolist()
-    scores = detections["scores"].tolist()
-    results = []
-    for box, mask, label, score in zip(boxes, masks, labels, scores, strict=True):
-        results.append(dict(image_id=image_id, category_id=category_ids[label - 1], score=score,
-                            bbox=box, segmentation=mask))
-    return results
+    labels, scores = detections["labels"].tolist(), detections["scores"].tolist()
+    return [dict(image_id=image_id, category_id=category_ids[label - 1], score=score,
+                 bbox=box, segmentation=mask)
+            for box, mask, label, score in zip(boxes, masks, labels, scores, strict=True)]
 
 
 def average_precision(truth, results):
@@ -343,48 +317,37 @@ def average_precision(truth, results):
 def evaluate(args, model, dataset, device):
     """AP over all validation images, each counted once over all ranks; pictures in args.output.
 
-    One image at a time: beside a larger one it would be padded, and the ViT sees the padding.
+    One image at a time: in a batch it would be padded to the largest, and the ViT sees padding.
     """
     model.eval()
     launch.broadcast_buffers(model)
     results = []
     loader = data.eval_loader(dataset, transform(train=False), 1, args.workers,
                               collate=data.as_lists)
-    own = range(launch.rank(), len(dataset), launch.world_size())     # as eval_loader has them
-    for index, ([image], [target]) in zip(own, loader, strict=True):
+    # batch_sampler: of each batch its (epoch, index) pairs
+    for [(_, index)], ([image], [target]) in zip(loader.batch_sampler, loader, strict=True):
         detections = model([image.to(device)])[0]
         results += as_results(detections, dataset.ids[index], dataset.category_ids)
         if index < PICTURES:
             path = Path(args.output, f"picture-{index}.png")
-            draw(image, detections, target, dataset.classes, path)
+            save_picture(image, detections, target, dataset.classes, path)
     model.train()
-
-    parts = [results]                                       # of each rank
-    row = [None]                                            # a list: what torch.distributed sends
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size() if launch.rank() == 0 else None
-        dist.gather_object(results, parts)
-    if launch.rank() == 0:
-        row = [average_precision(ground_truth(dataset), sum(parts, []))]
-    if dist.is_initialized():
-        dist.broadcast_object_list(row)
-    return dict(row[0], images=len(dataset))
+    row = average_precision(ground_truth(dataset), sum(launch.gather(results), []))
+    return dict(row, images=len(dataset))
 
 
-def draw(image, detections, target, classes, path):
-    """Write the image with the detections of score ≥ 0.5, and beside it with the truth."""
+def save_picture(image, detections, target, classes, path):
+    """The image with the detections of score ≥ 0.5, and beside it with the truth."""
     image = ((image + 1) * 127.5).clamp(0, 255).byte().cpu()
-    sure = detections["scores"].cpu() >= 0.5
-    found = {key: value.cpu()[sure] for key, value in detections.items()}
+    sure = detections["scores"] >= 0.5
+    found = {key: value[sure].cpu() for key, value in detections.items()}
     found["masks"] = found["masks"][:, 0] >= 0.5                                # (n, H, W)
     pictures = []
     for one in (found, target):
-        picture = image
         names = [classes[label - 1] for label in one["labels"].tolist()]
+        picture, colours = image, palette(len(names))
         if names:
-            colours = palette(len(names))
-            masks = one["masks"].bool()
-            picture = draw_segmentation_masks(picture, masks, alpha=0.5, colors=colours)
+            picture = draw_segmentation_masks(picture, one["masks"].bool(), 0.5, colours)
             picture = draw_bounding_boxes(picture, one["boxes"], names, colours)
         pictures.append(picture)
     save_image(torch.cat(pictures, 2) / 255, path)

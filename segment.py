@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 segment.py
     python segment.py --eval --init runs/paper/segment
 
-PeCo trains with mmsegmentation. What it does not say is BEiT's, which trains with it too.
+PeCo trains with mmsegmentation, as BEiT does: what PeCo does not say is BEiT's.
 """
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.ops import Conv2dNormActivation as ConvNormReLU
 from torchvision.transforms import v2 as T
 from torchvision.utils import draw_segmentation_masks, save_image
 
@@ -49,7 +50,7 @@ PAPER = dict(
 )
 RECIPES = recipes.of("segment", PAPER)
 UNLABELLED = 255                # in an annotation, as 0 [mmsegmentation], of under 255 classes
-PICTURES = 8                    # validation images drawn at each evaluation; our choice
+PICTURES = 8                    # images saved at each evaluation; our choice
 
 
 def get_args(argv=None):
@@ -60,8 +61,8 @@ def get_args(argv=None):
     p.add_argument("--aux-weight", type=amount, help="weight of the auxiliary head's loss")
     p.add_argument("--warmup-steps", type=count, help="steps of linear warm-up of the lr")
     weights.add_arguments(p, also="none: from scratch; with --eval: a run of segment.py")
-    layout = "synthetic[:IMAGES], or a folder in ADE20K's layout: images/ and annotations/"
-    data.add_arguments(p, layout=layout, augment=False)
+    data.add_arguments(p, augment=False, layout="synthetic[:IMAGES], or a folder in ADE20K's "
+                                                "layout: images/ and annotations/")
     return flags.parse(p, RECIPES, argv)
 
 
@@ -69,15 +70,13 @@ def get_args(argv=None):
 # Data: (PIL image, map of classes (H, W)). Classes count from 1; pixels of 0 are ignored.
 
 def load_dataset(name, split, image_size, classes):
-    """The dataset of --data, with .classes, their names.
+    """The dataset of --data for a split, "train" or "val". Its .classes are their names.
 
-    split: "train" or "val"; image_size: pixels, of drawn scenes; classes: number of a folder's.
-    Raises InputError where it is not there.
+    image_size: pixels, of drawn scenes; classes: their number in a folder's annotations.
     """
     if name.partition(":")[0] == "synthetic":
         return Scenes(split, synthetic_number(name, split), image_size, target="masks")
-    folder = "training" if split == "train" else "validation"
-    return Ade20k(name, folder, classes)
+    return Ade20k(name, dict(train="training", val="validation")[split], classes)
 
 
 class Ade20k(Dataset):
@@ -87,16 +86,13 @@ class Ade20k(Dataset):
         self.classes = [f"class {i}" for i in range(1, classes + 1)]
         images = data.subfolder(root, "images", split)
         annotations = data.subfolder(root, "annotations", split)
-        self.samples = []                                   # (file of the image, of its annotation)
-        for file in sorted(images.iterdir()):
-            if not data.is_image(file):
-                continue
-            annotation = annotations / f"{file.stem}.png"
-            if not annotation.exists():
-                raise InputError(f"{annotation}: missing; each image has its annotation")
-            self.samples.append((file, annotation))
+        self.samples = [(file, annotations / f"{file.stem}.png")
+                        for file in sorted(images.iterdir()) if data.is_image(file)]
         if not self.samples:
             raise InputError(f"{images}: no images in it")
+        for _, annotation in self.samples:
+            if not annotation.exists():
+                raise InputError(f"{annotation}: missing; each image has its annotation")
 
     def __len__(self):
         return len(self.samples)
@@ -113,9 +109,9 @@ class Ade20k(Dataset):
             labels = labels.astype(np.int32)                # which PyTorch can compare
         if len(self.classes) < UNLABELLED:
             labels[labels == UNLABELLED] = 0
-        size = image.size[::-1]
-        if labels.shape != size:
-            raise InputError(f"{annotation}: its shape is {labels.shape}, the image's {size}")
+        if labels.shape != image.size[::-1]:
+            raise InputError(
+                f"{annotation}: its shape is {labels.shape}, the image's {image.size[::-1]}")
         if labels.max() > len(self.classes):
             raise InputError(
                 f"{annotation}: has class {labels.max()}; --classes is {len(self.classes)}")
@@ -123,11 +119,9 @@ class Ade20k(Dataset):
 
 
 def check_classes(args, split, dataset, number=100):
-    """Say which classes occur, in up to `number` images (our choice): a wrong convention shows."""
-    found = set()
-    for index in range(0, len(dataset), max(1, len(dataset) // number)):
-        found.update(dataset[index][1].unique().tolist())
-    found = sorted(found - {0})
+    """Say which classes occur in about `number` images (our choice): a wrong convention shows."""
+    some = range(0, len(dataset), max(1, len(dataset) // number))
+    found = sorted(set().union(*[dataset[index][1].unique().tolist() for index in some]) - {0})
     if not found:
         raise InputError(f"--data {args.data}: every pixel of its {split} annotations is 0, which "
                          "is ignored: classes count from 1")
@@ -135,13 +129,12 @@ def check_classes(args, split, dataset, number=100):
         launch.say(f"{split}: {len(found)} of {len(dataset.classes)} classes occur, "
                    f"{found[0]} to {found[-1]}")
         if len(found) == 1:
-            launch.warn(f"--data {args.data}: one class alone occurs in {split}, there is nothing "
-                        "to learn: classes count from 1 and 0 is ignored, so masks of 0 and 1 "
-                        "must be written as 1 and 2")
+            launch.warn(f"--data {args.data}: one class alone in {split}, nothing to learn: 0 is "
+                        "ignored, so write masks of 0 and 1 as 1 and 2")
 
 
 class VariedCrop(T.RandomCrop):
-    """A random crop, drawn up to ten times until no class has ¾ of it [mmsegmentation]."""
+    """A random crop, drawn again up to nine times where a class has ¾ of it [mmsegmentation]."""
 
     def forward(self, *pair):
         for _ in range(10):
@@ -153,9 +146,9 @@ class VariedCrop(T.RandomCrop):
 
 
 def rescale(image, size):
-    """A PIL image with its shorter side at size, its longer at most four times that [BEiT].
+    """A PIL image with its shorter side at size, its longer side at most four times that [BEiT].
 
-    Bilinear and not antialiased, as mmsegmentation does it; PIL's and torchvision's resize would.
+    EXTENT is bilinear without antialiasing, as in mmsegmentation; PIL's own resize antialiases.
     """
     short, long = sorted(image.size)
     scale = min(size / short, 4 * size / long)
@@ -165,20 +158,17 @@ def rescale(image, size):
 
 
 def train_transform(size):
-    """[mmsegmentation] The shorter side to ½ … 2 × size, crop, flip, photometric distortion.
+    """[mmsegmentation] The shorter side to ½ … 2 × size, crop, flip, each distortion at even odds.
 
-    Each distortion has even odds. Outside the image the labels are 0.
+    Outside the image the labels are 0.
     """
     def random_rescale(image, labels):
         image = rescale(image, int(torch.randint(size // 2, 2 * size, ())))
         return image, T.functional.resize(labels, [image.height, image.width])
 
-    distortions = [
-        T.ColorJitter(brightness=32 / 255),     # its brightness; it adds up to 32 of 255
-        T.ColorJitter(brightness=0.5),          # its contrast: times 0.5 to 1.5, without the mean
-        T.ColorJitter(saturation=0.5),
-        T.ColorJitter(hue=18 / 180),
-    ]
+    # Its brightness adds up to 32 of 255; its contrast multiplies by 0.5 to 1.5, without the mean.
+    distortions = [T.ColorJitter(brightness=32 / 255), T.ColorJitter(brightness=0.5),
+                   T.ColorJitter(saturation=0.5), T.ColorJitter(hue=18 / 180)]
     return T.Compose([
         random_rescale,
         VariedCrop(size, pad_if_needed=True, fill={tv_tensors.Mask: 0, "others": 128}),
@@ -190,23 +180,13 @@ def train_transform(size):
 
 
 def eval_transform(size):
-    """The image at size; labels stay as they are: the logits are compared with them there."""
-    def rescale_image(image, labels):
-        return rescale(image, size), labels
-
-    return T.Compose([rescale_image, T.ToPureTensor(), data.to_pixels])
+    """The image at size; labels keep theirs, to which evaluate() resizes the logits."""
+    return T.Compose([
+        lambda image, labels: (rescale(image, size), labels), T.ToPureTensor(), data.to_pixels])
 
 
 # ------------------------------------------------------------------------------------------------
 # The network
-
-def conv(inputs, outputs, kernel):
-    """Convolution, batch norm, ReLU [mmsegmentation]."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True))
-
 
 def resize(x, size):
     return F.interpolate(x, size, mode="bilinear")
@@ -215,19 +195,18 @@ def resize(x, size):
 class UPerHead(nn.Module):
     """Pyramid pooling of the coarsest map, a feature pyramid, their fusion (UPerNet, sec. 3.1).
 
-    The four maps of a ViTPyramid → logits (B, classes, 4h, 4w), of the finest. All maps are as
-    wide as the ViT [BEiT].
+    ViTPyramid's four maps → logits (B, classes, 4h, 4w). All maps are as wide as the ViT [BEiT].
     """
 
     def __init__(self, dim, classes):
         super().__init__()
-        self.pools = nn.ModuleList()
-        for side in (1, 2, 3, 6):                           # PSPNet's, so UPerNet's
-            self.pools.append(nn.Sequential(nn.AdaptiveAvgPool2d(side), conv(dim, dim, 1)))
-        self.pooled = conv((1 + len(self.pools)) * dim, dim, 3)
-        self.lateral = nn.ModuleList(conv(dim, dim, 1) for _ in range(3))
-        self.smooth = nn.ModuleList(conv(dim, dim, 3) for _ in range(3))
-        self.fuse = conv(4 * dim, dim, 3)
+        self.pools = nn.ModuleList(                         # PSPNet's sides, which UPerNet takes
+            nn.Sequential(nn.AdaptiveAvgPool2d(side), ConvNormReLU(dim, dim, 1))
+            for side in (1, 2, 3, 6))
+        self.pooled = ConvNormReLU((1 + len(self.pools)) * dim, dim, 3)
+        self.lateral = nn.ModuleList(ConvNormReLU(dim, dim, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(ConvNormReLU(dim, dim, 3) for _ in range(3))
+        self.fuse = ConvNormReLU(4 * dim, dim, 3)
         self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(dim, classes, 1))
 
     def forward(self, maps):
@@ -243,9 +222,9 @@ class UPerHead(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """Images (B, 3, H, W) → logits (B, classes, H, W); in training also the auxiliary head's.
+    """Images (B, 3, H, W) → logits (B, classes, H, W), and in training the auxiliary head's.
 
-    That is an FCN of 256 channels on the third map [BEiT].
+    The auxiliary head is an FCN of 256 channels on the third map [BEiT].
     """
 
     def __init__(self, vit, classes):
@@ -253,7 +232,8 @@ class Segmenter(nn.Module):
         dim = vit.cls_token.shape[-1]
         self.backbone = ViTPyramid(vit)
         self.head = UPerHead(dim, classes)
-        self.aux = nn.Sequential(conv(dim, 256, 3), nn.Dropout2d(0.1), nn.Conv2d(256, classes, 1))
+        self.aux = nn.Sequential(
+            ConvNormReLU(dim, 256, 3), nn.Dropout2d(0.1), nn.Conv2d(256, classes, 1))
 
     def forward(self, images):
         maps = self.backbone(images)
@@ -272,19 +252,16 @@ class Segmenter(nn.Module):
 
 
 def pixel_loss(logits, labels):
-    """Cross-entropy of logits (B, classes, H, W) and labels (B, H, W).
+    """Cross-entropy of logits (B, classes, H, W) and labels (B, H, W), averaged over all pixels.
 
-    Pixels of label 0 have no loss, but count in the mean [mmsegmentation].
+    Those of label 0 add nothing, but count in the mean [mmsegmentation].
     """
     total = F.cross_entropy(logits, labels.long() - 1, ignore_index=-1, reduction="sum")
     return total / labels.numel()
 
 
 def build(args, classes, state):
-    """The network on a checkpoint's ViT, and the arguments to build it again.
-
-    classes: number of them. state: the checkpoint's contents; None: from scratch.
-    """
+    """The network on the ViT of a checkpoint's contents (None: from scratch), and its arguments."""
     vit, vit_args, _ = weights.begin(args, state, args.image_size)
     return Segmenter(vit, classes), dict(vit=vit_args, classes=classes)
 
@@ -324,8 +301,7 @@ def slide(model, images, size):
 
 def window_starts(length, size):
     """Where windows begin: two thirds of a window apart [BEiT: 341 of 512], the last at the end."""
-    stride = size * 2 // 3
-    last = max(length - size, 0)
+    stride, last = size * 2 // 3, max(length - size, 0)
     return [min(start, last) for start in range(0, last + stride, stride)]
 
 
@@ -337,7 +313,10 @@ def confusion_matrix(predicted, labels, classes):
 
 
 def scores(confusion):
-    """In %: IoU and accuracy of each class (NaN: 0 of 0, in no mean), and a dict of their means."""
+    """IoU and accuracy of each class, and a dict of their means, all in %.
+
+    NaN for classes that never occur; the means skip them.
+    """
     hits = confusion.diag().double()
     truth = confusion.sum(1)
     predicted = confusion.sum(0)
@@ -353,9 +332,9 @@ def scores(confusion):
 
 @torch.no_grad()
 def evaluate(args, model, dataset, device):
-    """Scores of all validation images, each at its own size and counted once over all ranks.
+    """The scores over all validation images, each at its own size and counted once over all ranks.
 
-    Writes pictures of the first ones and classes.md, a table, into args.output.
+    It also writes pictures of the first ones and a table, classes.md, into args.output.
     """
     model.eval()
     launch.broadcast_buffers(model)
@@ -364,39 +343,37 @@ def evaluate(args, model, dataset, device):
     autocast = launch.autocast(args, device)
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     loader = data.eval_loader(dataset, eval_transform(args.image_size), 1, args.workers)
-    own = range(launch.rank(), len(dataset), launch.world_size())     # as eval_loader has them
-    for index, (image, labels) in zip(own, loader, strict=True):
-        image = image.to(device)                                                # (1, 3, ·, ·)
-        labels = labels.to(device)                                              # (1, H, W)
+    # batch_sampler: of each batch its (epoch, index) pairs
+    for [(_, index)], (image, labels) in zip(loader.batch_sampler, loader, strict=True):
+        image, labels = image.to(device), labels.to(device)         # (1, 3, ·, ·), (1, H, W)
         with autocast:
             logits = slide(model, image, args.image_size)
         predicted = resize(logits, labels.shape[1:]).argmax(1) + 1              # (1, H, W)
         confusion += confusion_matrix(predicted, labels, classes)
         if index < PICTURES:
-            draw(image, labels, predicted, classes, folder / f"picture-{index}.png")
+            save_picture(image, labels, predicted, classes, folder / f"picture-{index}.png")
     if dist.is_initialized():
         dist.all_reduce(confusion)
     model.train()
 
     iou, accuracy, row = scores(confusion)
     if launch.rank() == 0:
-        lines = ["| class | IoU | accuracy |", "| --- | --- | --- |"]
+        table = "| class | IoU | accuracy |\n| --- | --- | --- |\n"
         for name, i, a in zip(dataset.classes, iou, accuracy, strict=True):
-            lines.append(f"| {name} | {i:.1f} | {a:.1f} |")
-        (folder / "classes.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            table += f"| {name} | {i:.1f} | {a:.1f} |\n"
+        (folder / "classes.md").write_text(table, encoding="utf-8")
     return dict(row, images=len(dataset))
 
 
-def draw(image, labels, predicted, classes, path):
+def save_picture(image, labels, predicted, classes, path):
     """Write image, truth and prediction side by side."""
     image = resize(image, labels.shape[1:])[0]                                  # (3, H, W)
     image = ((image + 1) * 127.5).clamp(0, 255).byte().cpu()
-    colours = palette(classes)
     numbers = torch.arange(1, classes + 1).view(-1, 1, 1)
     pictures = [image]
-    for one in (labels[0], predicted[0]):
+    for one in (labels, predicted):
         masks = one.cpu() == numbers                                            # (classes, H, W)
-        pictures.append(draw_segmentation_masks(image, masks, alpha=0.6, colors=colours))
+        pictures.append(draw_segmentation_masks(image, masks, 0.6, palette(classes)))
     save_image(torch.cat(pictures, 2) / 255, path)
 
 
@@ -418,10 +395,9 @@ def main(args):
     state, digest = weights.read(args)
     model, model_args = build(args, classes, state)
     model = launch.sync_batch_norm(model.to(device), device)
-    synced = device.type == "cuda" and launch.world_size() > 1
-    if launch.micro_batch(args) == 1 and not synced:        # maps are pooled to 1 × 1
-        raise InputError(f"--batch-size {args.batch_size}: micro-batches of one image have no "
-                         "deviation for batch norm: take two or more a rank")
+    if launch.micro_batch(args) == 1 and not (device.type == "cuda" and launch.world_size() > 1):
+        raise InputError(f"--batch-size {args.batch_size}: batch norm after the pooling to 1 × 1 "
+                         "needs micro-batches of two images or more")
     groups = param_groups(model, args.weight_decay, args.layer_decay, vit="backbone.vit")
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
 

@@ -300,3 +300,11 @@ def set_lr(optimizer, lr):
     """lr for every group, times the group's own "lr_scale" (model.param_groups: layer decay)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def gather(own):
+    """A list of every rank's `own`, of plain data, on all ranks: they go on alike."""
+    parts = [own] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(parts, own)
+    return parts
