@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 detect.py
     python detect.py --eval --init runs/paper/detect
 
-PeCo trains with mmdetection. Here proposals, heads and losses are torchvision's, and the evaluation
-is COCO's own (pip install pycocotools).
+PeCo trains with mmdetection. Here proposals, heads and losses are torchvision's, and COCO's own
+evaluation measures AP (pip install pycocotools).
 """
 import contextlib
 import math
@@ -37,7 +37,7 @@ try:
     from pycocotools import mask as rle
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
-except ImportError:             # optional, as requirements-extra.txt says; main() asks for it
+except ImportError:             # optional (requirements-extra.txt); main() asks for it
     COCO = None
 
 PAPER = dict(
@@ -104,8 +104,7 @@ class Coco(Dataset):
         try:
             with quiet():
                 self.coco = COCO(file)
-            self.ids = sorted(self.coco.imgs)
-            self.category_ids = sorted(self.coco.cats)
+            self.ids, self.category_ids = sorted(self.coco.imgs), sorted(self.coco.cats)
             self.classes = [self.coco.cats[i]["name"] for i in self.category_ids]
             self.samples = [(Path(folder, self.coco.imgs[i]["file_name"]), i) for i in self.ids]
         except (KeyError, TypeError, ValueError, AssertionError) as error:
@@ -157,10 +156,8 @@ def quiet():
 
 def transform(train):
     """A flip in training; boxes are cut to the image. The network itself resizes [torchvision]."""
-    steps = [T.ClampBoundingBoxes(), T.SanitizeBoundingBoxes(), T.ToPureTensor(), data.to_pixels]
-    if train:
-        steps.insert(0, T.RandomHorizontalFlip())
-    return T.Compose(steps)
+    return T.Compose([T.RandomHorizontalFlip(0.5 if train else 0.0), T.ClampBoundingBoxes(),
+                      T.SanitizeBoundingBoxes(), T.ToPureTensor(), data.to_pixels])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -210,8 +207,7 @@ def mask_rcnn(vit, classes, channels, boxes, size, max_size):
         min_size=size,
         max_size=max_size,
         size_divisible=2 * patch,                           # whole positions of the map at ×½
-        image_mean=[0.0] * 3,                               # pixels come in [-1, 1]
-        image_std=[1.0] * 3,
+        image_mean=[0.0] * 3, image_std=[1.0] * 3,          # pixels come in [-1, 1]
         rpn_anchor_generator=AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * 5),
         box_batch_size_per_image=boxes,
         box_head=TwoMLPHead(channels * 7 ** 2, 4 * channels),
@@ -227,8 +223,8 @@ def build(args, classes, state):
     patch = stored.get("patch_size", args.patch_size)
     whole = math.ceil(args.image_size / patch) * patch      # pixels
     vit, vit_args, _ = weights.begin(args, state, whole)
-    rest = dict(classes=classes, channels=args.channels, boxes=args.boxes, size=args.image_size,
-                max_size=args.max_size)
+    rest = dict(classes=classes, channels=args.channels, boxes=args.boxes,
+                size=args.image_size, max_size=args.max_size)
     return mask_rcnn(vit, **rest), dict(vit=vit_args, **rest)
 
 
@@ -266,26 +262,19 @@ def ground_truth(dataset):
         for one in as_results(found, image_id, dataset.category_ids):
             area = int(rle.area(one["segmentation"]))
             annotations.append(dict(one, id=len(annotations) + 1, area=area, iscrowd=0))
-    names = zip(dataset.category_ids, dataset.classes, strict=True)
-    coco = COCO()
-    coco.dataset = dict(
-        info={},                                            # pycocotools 2.0.10 asks for it
-        images=[dict(id=i, height=dataset.size, width=dataset.size) for i in dataset.ids],
-        annotations=annotations,
-        categories=[dict(id=i, name=name) for i, name in names])
+    images = [dict(id=i, height=dataset.size, width=dataset.size) for i in dataset.ids]
+    categories = [dict(id=i) for i in dataset.category_ids]
+    coco = COCO()                                           # "info": as above
+    coco.dataset = dict(info={}, images=images, annotations=annotations, categories=categories)
     with quiet():
         coco.createIndex()
     return coco
 
 
-def as_coco(boxes):
-    """Boxes (n, 4), left, top, right, bottom → lists of left, top, width, height."""
-    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
-
-
 def as_results(detections, image_id, category_ids):
     """The detections of an image in COCO's format of results."""
-    boxes = as_coco(detections["boxes"].cpu())
+    corners = detections["boxes"].cpu()                     # left, top, right, bottom
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
     masks = detections["masks"][:, 0] >= 0.5                                    # (n, H, W)
     masks = masks.permute(1, 2, 0).byte().cpu().numpy()                         # (H, W, n)
     masks = rle.encode(np.asfortranarray(masks))
@@ -322,8 +311,8 @@ def evaluate(args, model, dataset, device):
     model.eval()
     launch.broadcast_buffers(model)
     results = []
-    loader = data.eval_loader(dataset, transform(train=False), 1, args.workers,
-                              collate=data.as_lists)
+    loader = data.eval_loader(
+        dataset, transform(train=False), 1, args.workers, collate=data.as_lists)
     # batch_sampler: of each batch its (epoch, index) pairs
     for [(_, index)], ([image], [target]) in zip(loader.batch_sampler, loader, strict=True):
         detections = model([image.to(device)])[0]

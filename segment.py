@@ -158,10 +158,7 @@ def rescale(image, size):
 
 
 def train_transform(size):
-    """[mmsegmentation] The shorter side to ½ … 2 × size, crop, flip, each distortion at even odds.
-
-    Outside the image the labels are 0.
-    """
+    """[mmsegmentation] Shorter side to ½ … 2 × size, crop, flip, each distortion at even odds."""
     def random_rescale(image, labels):
         image = rescale(image, int(torch.randint(size // 2, 2 * size, ())))
         return image, T.functional.resize(labels, [image.height, image.width])
@@ -174,9 +171,7 @@ def train_transform(size):
         VariedCrop(size, pad_if_needed=True, fill={tv_tensors.Mask: 0, "others": 128}),
         T.RandomHorizontalFlip(),
         *[T.RandomApply([distortion]) for distortion in distortions],
-        T.ToPureTensor(),
-        data.to_pixels,
-    ])
+        T.ToPureTensor(), data.to_pixels])
 
 
 def eval_transform(size):
@@ -244,11 +239,10 @@ class Segmenter(nn.Module):
 
     def to_pixels(self, logits, images):
         """Logits of a map → of the images' pixels; the ViT has padded them to whole patches."""
-        height, width = images.shape[2:]
-        h, w = self.backbone.vit.grid_of(images)
-        patch = self.backbone.vit.patch_size
-        logits = resize(logits.float(), (h * patch, w * patch))     # in fp32, as mmsegmentation's
-        return logits[..., :height, :width]
+        vit = self.backbone.vit
+        padded = [patches * vit.patch_size for patches in vit.grid_of(images)]
+        logits = resize(logits.float(), padded)             # in fp32, as mmsegmentation's
+        return logits[..., :images.shape[2], :images.shape[3]]
 
 
 def pixel_loss(logits, labels):
@@ -317,16 +311,11 @@ def scores(confusion):
 
     NaN for classes that never occur; the means skip them.
     """
-    hits = confusion.diag().double()
-    truth = confusion.sum(1)
-    predicted = confusion.sum(0)
+    hits, truth, predicted = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
     iou = 100 * hits / (truth + predicted - hits)
     accuracy = 100 * hits / truth
-    means = dict(
-        miou=iou.nanmean().item(),
-        mean_accuracy=accuracy.nanmean().item(),
-        pixel_accuracy=(100 * hits.sum() / truth.sum()).item(),
-    )
+    means = dict(miou=iou.nanmean().item(), mean_accuracy=accuracy.nanmean().item(),
+                 pixel_accuracy=(100 * hits.sum() / truth.sum()).item())
     return iou, accuracy, means
 
 
@@ -338,8 +327,7 @@ def evaluate(args, model, dataset, device):
     """
     model.eval()
     launch.broadcast_buffers(model)
-    folder = Path(args.output)
-    classes = len(dataset.classes)
+    folder, classes = Path(args.output), len(dataset.classes)
     autocast = launch.autocast(args, device)
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     loader = data.eval_loader(dataset, eval_transform(args.image_size), 1, args.workers)
