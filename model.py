@@ -19,6 +19,7 @@ Conventions: pixels are in [-1, 1]; masks are True where a patch is masked; patc
 row by row from the top left. Arguments that do not fit raise ValueError.
 """
 import functools
+import itertools
 import math
 import random
 from typing import NamedTuple
@@ -55,15 +56,15 @@ def world_size():
 class Quantizer(nn.Module):
     """Nearest-neighbour codebook in L2, learned by exponential moving averages (PeCo, Eq. 1–3, 5).
 
-    The codebook term ‖sg[Enc(x)] − z_q‖² of Eq. 3 is in no loss: the moving averages realise it
-    (VQ-VAE, appendix A.1; PeCo's default). Everything is in fp32 whatever the autocast: distances
-    in half precision find wrong neighbours.
+    No loss has the codebook term ‖sg[Enc(x)] − z_q‖² of Eq. 3: the moving averages minimise it
+    (VQ-VAE, appendix A.1; PeCo's default). Everything is computed in fp32, under autocast too:
+    distances in half precision find wrong neighbours.
 
     In training, forward only keeps the batch's vectors. update(), called where the optimizer
     steps, moves the codebook by those of the global batch, the same way on all ranks.
 
-    size: K; dim: D of a code; decay: γ of the averages, a step; revive: a code whose average use
-    falls below this share of the mean (our choice) starts anew at a random vector of the batch.
+    size: K; dim: D of a code; decay: γ of the averages, per step; revive: codes used less than
+    this fraction of the mean are re-initialised from the batch (our choice).
     """
 
     def __init__(self, size=8192, dim=256, decay=0.99, revive=0.01):
@@ -79,7 +80,7 @@ class Quantizer(nn.Module):
         """Eq. 1: argmin_k ‖z − e_k‖² for rows z (R, D) → codes (R,)."""
         norms = self.codebook.square().sum(1)                                   # ‖e‖² (K,)
         codes = []
-        for rows in z.split(1024):                          # so that no R × K matrix is held
+        for rows in z.split(1024):                          # an R × K matrix would be too large
             # ‖e‖² − 2 z·e: ‖z‖² is the same for all k
             distances = torch.addmm(norms, rows, self.codebook.T, alpha=-2)     # (1024, K)
             codes.append(distances.min(1).indices)
@@ -111,7 +112,7 @@ class Quantizer(nn.Module):
     def initialize(self, generator):
         """Codes := random vectors of the pending global batch, each counted as used equally."""
         vectors, _ = self.take_pending()                                        # (parts, R, D)
-        self.codebook.copy_(self.draw(vectors, len(self.codebook), generator))
+        self.codebook.copy_(self.sample_rows(vectors, len(self.codebook), generator))
         self.count.fill_(vectors[..., 0].numel() * world_size() / len(self.count))
         self.sum.copy_(self.codebook * self.count[:, None])
 
@@ -131,7 +132,7 @@ class Quantizer(nn.Module):
         dead = self.count < self.revive * mean
         if dead.any():
             # A revived code counts as used like the mean. With its old averages it would go back.
-            self.sum[dead] = mean * self.draw(vectors, int(dead.sum()), generator)
+            self.sum[dead] = mean * self.sample_rows(vectors, int(dead.sum()), generator)
             self.count[dead] = mean
         used = self.count[:, None] > 1e-30                  # without revival N and m end at 0
         self.codebook.copy_(torch.where(used, self.sum / self.count[:, None], self.codebook))
@@ -143,11 +144,11 @@ class Quantizer(nn.Module):
         self.pending.clear()
         return vectors, codes
 
-    def draw(self, vectors, number, generator):
+    def sample_rows(self, vectors, number, generator):
         """Random rows of all ranks' vectors, the same on every rank → (number, D).
 
-        They are different ones, if there are as many. The order of the global batch is micro-batch,
-        rank, row: so the draw does not depend on the number of ranks.
+        They differ from one another, if there are enough. The rows of the global batch are ordered
+        by micro-batch, rank, row: so the result does not depend on the number of ranks.
         """
         if dist.is_initialized():
             parts = [torch.empty_like(vectors) for _ in range(world_size())]
@@ -155,8 +156,8 @@ class Quantizer(nn.Module):
             vectors = torch.stack(parts, 1)                 # (micro-batches, ranks, R, D)
         vectors = vectors.flatten(0, -2)
         order = torch.randperm(len(vectors), generator=generator)
-        drawn = order[torch.arange(number) % len(vectors)]  # again from the first if they are few
-        return vectors[drawn.to(vectors.device)]
+        order = order[torch.arange(number) % len(vectors)]  # from the first again if they are few
+        return vectors[order.to(vectors.device)]
 
 
 def rows_of(z_e):
@@ -293,42 +294,50 @@ class ViTDecoder(nn.Module):
         return F.pixel_shuffle(pixels, self.patch_size)                         # (B, 3, H, W)
 
 
+def conv_networks(channels, code_dim, decoder_channels=None, decoder_blocks=None):
+    """Encoder and decoder of VQGAN's form.
+
+    channels: of each resolution, the first at full size, each next one at half of it.
+    decoder_channels: by default the same; decoder_blocks: a resolution's, by default 2.
+    """
+    decoder_channels = decoder_channels or channels
+    odd = [c for c in (*channels, *decoder_channels) if c % (16 if c < 64 else 32)]
+    if odd or len(channels) != len(decoder_channels):
+        raise ValueError(f"channels {[*channels, *decoder_channels]} must be multiples of 16, from "
+                         "64 on of 32, and as many in the decoder as in the encoder")
+    return Encoder(channels, code_dim), Decoder(decoder_channels, code_dim, decoder_blocks or 2)
+
+
+def vit_networks(image_size, patch_size, code_dim, vit, decoder_blocks=None):
+    """ViTs of the same dim, depth and heads; decoder_blocks: another depth for the decoder."""
+    shared = dict(image_size=image_size, patch_size=patch_size, code_dim=code_dim)
+    decoder = vit | dict(depth=decoder_blocks or vit["depth"])
+    return ViTEncoder(**shared, **vit), ViTDecoder(**shared, **decoder)
+
+
 class VQTokenizer(nn.Module):
     """The perceptual codebook: image → codes → image (PeCo, "Learning Perceptual
     Codebook for Visual Content").
 
     image_size: of its training, pixels; any other multiples of the stride work too.
-    channels: of each resolution, the first at full size, each next one at half: the stride of the
-        codes is 2^(len(channels) − 1). decoder_channels: by default the same.
-    decoder_blocks: residual blocks of the decoder at each resolution; by default 2.
-    vit: dim, depth and heads of a ViT (see SIZES): encoder and decoder are ViTs of patch_size, and
-        channels count for nothing. decoder_blocks: of the decoder; by default as many.
+    Its networks are convolutional, as conv_networks() makes them of the channels, or, with
+    vit = dict(dim, depth, heads) (see SIZES), ViTs of patch_size, as vit_networks() makes them.
     """
 
     def __init__(self, image_size=224, channels=(64, 128, 256, 512, 512), codebook_size=8192,
                  code_dim=256, decay=0.99, revive=0.01, decoder_channels=None, decoder_blocks=None,
                  vit=None, patch_size=16):
         super().__init__()
-        decoder_channels = decoder_channels or channels
         self.image_size = image_size
         self.stride = patch_size if vit else 2 ** (len(channels) - 1)
         if image_size % self.stride:
             raise ValueError(f"image size {image_size} is no multiple of the tokenizer's stride "
                              f"{self.stride}")
-        if any(c % (16 if c < 64 else 32) for c in (*channels, *decoder_channels)):
-            raise ValueError(f"channels {[*channels, *decoder_channels]} must be multiples of 16, "
-                             "from 64 on of 32")
-        if len(channels) != len(decoder_channels):
-            raise ValueError(f"channels {list(channels)} and those of the decoder, "
-                             f"{list(decoder_channels)}, must be as many")
         if vit:
-            depth = decoder_blocks or vit["depth"]
-            self.encoder = ViTEncoder(image_size, patch_size, code_dim=code_dim, **vit)
-            self.decoder = ViTDecoder(image_size, patch_size, code_dim=code_dim,
-                                      **vit | dict(depth=depth))
+            networks = vit_networks(image_size, patch_size, code_dim, vit, decoder_blocks)
         else:
-            self.encoder = Encoder(channels, code_dim)
-            self.decoder = Decoder(decoder_channels, code_dim, decoder_blocks or 2)
+            networks = conv_networks(channels, code_dim, decoder_channels, decoder_blocks)
+        self.encoder, self.decoder = networks
         self.quantizer = Quantizer(codebook_size, code_dim, decay, revive)
 
     def forward(self, images):
@@ -366,29 +375,28 @@ class PerceptualLoss(nn.Module):
     """Eq. 4: L_percep = Σ_{l∈S} 1/(C_l H_l W_l) ‖f_l(x) − f_l(x̂)‖², averaged over the images.
 
     f_l: activations of a frozen network after layer l, normalised at each position to zero mean and
-    unit variance over the channels (our choice; the paper says "normalized" only. With unit length,
-    as in LPIPS, 1/C_l would make the term C_l times smaller: it would vanish beside the pixels').
+    unit variance over the channels. That is our choice: the paper says only "normalized". Unit
+    length, as in LPIPS, would make the term C_l times smaller, and the pixel loss would drown it.
 
-    network: a VisionTransformer (layers S: blocks from 1; default the four quarters, 3, 6, 9, 12 of
-    12) or torchvision's VGG-16 or ResNet-50 (layers S: stages from 1; default all).
+    network: a VisionTransformer (layers S: blocks from 1; default 3, 6, 9, 12 of 12) or
+    torchvision's VGG-16 or ResNet-50 (layers S: stages from 1; default all).
     """
 
     def __init__(self, network, layers=None):
         super().__init__()
-        if isinstance(network, VisionTransformer):
+        self.is_vit = isinstance(network, VisionTransformer)
+        if self.is_vit:
             number = len(network.blocks)
             default = [max(1, number * i // 4) for i in (1, 2, 3, 4)]
-            self.image_size = network.image_size
         else:
             ends = CONVNET_LAYERS["resnet50" if hasattr(network, "layer4") else "vgg16"]
             number = len(ends)
             default = list(range(1, number + 1))
-            self.image_size = None                          # any size
         self.layers = list(layers or default)
         if not all(1 <= layer <= number for layer in self.layers):
             raise ValueError(
                 f"perceptual layers {self.layers}: this network has layers 1 to {number}")
-        if self.image_size is None:
+        if not self.is_vit:
             nodes = {ends[layer - 1]: str(layer) for layer in self.layers}
             network = create_feature_extractor(network, nodes)
         self.network = network.eval().requires_grad_(False)
@@ -400,13 +408,13 @@ class PerceptualLoss(nn.Module):
 
     def features(self, images):
         """f_l(images) of each layer: list of (B, C_l, H_l, W_l)."""
-        if self.image_size is None:
-            maps = self.network(((images + 1) / 2 - self.mean) / self.std).values()
-        else:                                               # a ViT normalises its inputs itself
-            size = (self.image_size, self.image_size)
+        if self.is_vit:                                     # it normalises its inputs itself
+            size = (self.network.image_size, self.network.image_size)
             if images.shape[2:] != size:                    # in fp32: bf16 has no such kernel
                 images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
             maps = self.network.features(images, self.layers)
+        else:                                               # of any size
+            maps = self.network(((images + 1) / 2 - self.mean) / self.std).values()
         return [normalise(f) for f in maps]
 
     def forward(self, x, x_hat):
@@ -434,11 +442,8 @@ class PatchDiscriminator(nn.Sequential):
     def __init__(self, channels=64):
         layers = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for stride in (2, 2, 1):
-            layers += [
-                nn.Conv2d(channels, 2 * channels, 4, stride, padding=1, bias=False),
-                nn.GroupNorm(channels // 8, 2 * channels),
-                nn.LeakyReLU(0.2),
-            ]
+            layers += [nn.Conv2d(channels, 2 * channels, 4, stride, padding=1, bias=False),
+                       nn.GroupNorm(channels // 8, 2 * channels), nn.LeakyReLU(0.2)]
             channels *= 2
         super().__init__(*layers, nn.Conv2d(channels, 1, 4, padding=1))
         for module in self:
@@ -451,9 +456,9 @@ class PatchDiscriminator(nn.Sequential):
 def adversarial(discriminator, judge, x, x_hat):
     """Eq. 8: the discriminator D maximises log D(x) + log(1 − D(x̂)), the tokenizer opposes it.
 
-    Returns what the tokenizer minimises, −log D(x̂), and what D does, −log D(x) − log(1 − D(x̂));
-    each has a gradient to its own network alone. log(1 − D(x̂)), as printed, has hardly a gradient
-    while D is right: we take the non-saturating form of Goodfellow et al. (2014), our choice.
+    Returns the tokenizer's loss, −log D(x̂), and D's, −log D(x) − log(1 − D(x̂)); each has a gradient
+    to its own network alone. log(1 − D(x̂)), as printed, has hardly any gradient while D is right:
+    we take the non-saturating form of Goodfellow et al. (2014), our choice.
     """
     fixed = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
     logits = torch.func.functional_call(discriminator, fixed, x_hat)        # of x̂ (B, 1, h, w)
@@ -469,9 +474,9 @@ def adversarial(discriminator, judge, x, x_hat):
 class Attention(nn.Module):
     """Multi-head self-attention.
 
-    positions: "block", a relative position bias of its own; "shared", the one of all blocks, given
-    to forward; "learned" or "absolute", none. All but "absolute" (MoCo v3's plain ViT) have BEiT's
-    biases: of queries and values, not of keys.
+    positions: "block" has a relative position bias of its own, "shared" takes the one of all blocks
+    in forward, "learned" and "absolute" have none. All but "absolute" (MoCo v3's plain ViT) have
+    BEiT's biases: of queries and values, not of keys.
     """
 
     def __init__(self, dim, heads, grid, positions):
@@ -547,8 +552,8 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """The original ViT as BEiT and PeCo train it, BEiT's own, or MoCo v3's, by `positions`.
 
-    image_size, patch_size: pixels; dim, depth, heads: see SIZES. Images of any other size are taken
-        too: padded to whole patches (grey, on the right and below), positions interpolated.
+    image_size, patch_size: pixels; dim, depth, heads: see SIZES. It takes images of any other size
+        too: it pads them to whole patches (grey, right and below) and interpolates positions.
     positions: "learned" embeddings (the original ViT, PeCo's); a "shared" relative position bias
         (BEiT's other ViT in pre-training), one a "block" (the same in fine-tuning); or "absolute":
         fixed sine-cosine embeddings (MoCo v3).
@@ -601,8 +606,8 @@ class VisionTransformer(nn.Module):
         """MoCo v3's with absolute positions, else BEiT's.
 
         BEiT cuts its normal draws of std 0.02 off at ±0.02 in pre-training, at ±2 elsewhere, where
-        it also leaves the patch projection at PyTorch's default. Residual branches are scaled down
-        with depth, the classifier by 0.001.
+        it also leaves the patch projection at PyTorch's default. It scales residual branches down
+        with depth, and the classifier by 0.001.
         """
         if self.positions == "absolute":
             initialize_xavier(self)
@@ -653,25 +658,26 @@ class VisionTransformer(nn.Module):
         return x, Grid(h, w, relative_position_index(h, w, x.device))
 
     def visible_tokens(self, images, mask):
-        """Normalised tokens of what is not masked, for MAE: (B, 1+V, D), V visible patches each.
+        """MAE's: only visible patches pass the blocks. Every image must mask equally many.
 
-        What is masked costs nothing after the patch embedding; every image must mask as many.
+        Images (B, 3, H, W), mask (B, h, w) → normalised tokens (B, 1+V, D).
         """
         x, grid = self.embed(images)
         visible = x[:, 1:][~mask.flatten(1)].unflatten(0, (len(x), -1))         # (B, V, D)
-        return self.encode(torch.cat([x[:, :1], visible], 1), grid)
-
-    def encode(self, x, grid):
-        """Tokens (B, ·, D) through all blocks and normalised. For positions without a bias."""
-        for block in self.blocks:
-            x = self.run_block(block, x, grid)
+        *_, x = self.after_blocks(torch.cat([x[:, :1], visible], 1), grid)
         return self.norm(x)
 
-    def run_block(self, block, *inputs):
-        """A block's output; with checkpoint_activations its activations are made again backward."""
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+    def after_blocks(self, x, grid, shared_bias=None):
+        """Yields the tokens (B, ·, D) after each block in turn.
+
+        checkpoint_activations: recomputes activations in the backward pass, to save memory.
+        """
+        for block in self.blocks:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, grid, shared_bias, use_reentrant=False)
+            else:
+                x = block(x, grid, shared_bias)
+            yield x
 
     def tokens(self, images, layers, mask=None):
         """Tokens after the named blocks, counted from 1: list of (B, 1+N, D)."""
@@ -680,18 +686,12 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"layers {list(layers)}: this ViT has blocks 1 to {depth}")
         x, grid = self.embed(images, mask)
         shared_bias = self.rel_pos_bias(grid) if self.rel_pos_bias is not None else None
-        outputs = {}
-        for layer, block in enumerate(self.blocks[:max(layers)], 1):
-            x = self.run_block(block, x, grid, shared_bias)
-            if layer in layers:
-                outputs[layer] = x
-        return [outputs[layer] for layer in layers]
+        every = itertools.islice(self.after_blocks(x, grid, shared_bias), max(layers))
+        kept = {layer: x for layer, x in enumerate(every, 1) if layer in layers}
+        return [kept[layer] for layer in layers]
 
     def features(self, images, layers=None):
-        """Patch features after the named blocks, counted from 1: list of (B, D, h, w).
-
-        By default after the last one alone. Raises ValueError where there is no such block.
-        """
+        """Patch features after the named blocks, by default the last: list of (B, D, h, w)."""
         layers = [len(self.blocks)] if layers is None else layers
         h, w = self.grid_of(images)
         return [x[:, 1:].mT.unflatten(2, (h, w)) for x in self.tokens(images, layers)]
@@ -792,16 +792,15 @@ class MaskedDecoder(nn.Module):
 def block_mask(grid, count, min_block=16):
     """Mask `count` of grid × grid patches in blocks → bool (grid, grid). Draws from `random`.
 
-    BEiT's generator: blocks of an area between min_block and what is left of `count`, and an aspect
-    ratio between 0.3 and 1/0.3. It gives up after ten blocks that do not fit, short
-    of `count` in a third of its draws; here the blocks then grow by random neighbours, so that
-    every image has the same number of masked patches.
+    BEiT draws blocks of an area from min_block to what is left of `count`, of an aspect ratio from
+    0.3 to 1/0.3. It gives up after ten blocks that do not fit; a third of its masks then fall short
+    of `count`. Here the blocks then grow by random neighbours, so that all masks are equally large.
     """
     mask = np.zeros((grid, grid), bool)
     masked = 0
     while masked < count:
         for _ in range(10):                                 # BEiT's number of attempts
-            area = random.uniform(min_block, count - masked)       # towards the end below min_block
+            area = random.uniform(min_block, count - masked)       # in the end below min_block
             aspect = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if height >= grid or width >= grid:
@@ -836,10 +835,10 @@ def random_mask(grid, count):
 def param_groups(model, weight_decay, layer_decay=1.0, vit=""):
     """Optimizer groups with names and an "lr_scale", as BEiT makes them.
 
-    No weight decay on vectors, the class and position embeddings. Layer l has the lr times
-    layer_decay^(depth + 1 − l): embeddings are layer 0, block i (from 1) is layer i, what follows
-    the blocks is the last, depth + 1; the shared position bias counts as the last too.
-    vit: name of the ViT in the model, where the model is more; the rest of it counts as the last.
+    Vectors and the class and position embeddings have no weight decay. Layer l has the lr times
+    layer_decay^(depth + 1 − l): embeddings are layer 0, block i (from 1) is layer i, all else is
+    layer depth + 1, as what follows the blocks and the shared position bias.
+    vit: attribute path of the ViT inside a larger model; all other parameters get the last layer's.
     """
     depth = len(model.get_submodule(vit).blocks)
     prefix = f"{vit}." if vit else ""
@@ -864,8 +863,8 @@ def param_groups(model, weight_decay, layer_decay=1.0, vit=""):
 class ViTPyramid(nn.Module):
     """A ViT's patch maps at ×4, ×2, ×1, ×½ of its grid, for dense prediction (PeCo, supplement).
 
-    Images (B, 3, H, W) → four maps (B, D, ·, ·), tapped after blocks 4, 6, 8 and 12 of 12, in that
-    proportion at other depths [BEiT].
+    Images (B, 3, H, W) → four maps (B, D, ·, ·), after blocks 4, 6, 8 and 12 of 12, in proportion
+    at other depths [BEiT].
     """
 
     def __init__(self, vit):
@@ -886,10 +885,10 @@ class ViTPyramid(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# 7  Relative position bias (BEiT, appendix A; not in PeCo's ViT): a learned number for each
-# relative position and head, added to the logits of attention. Pre-training shares one table over
-# all blocks, fine-tuning has one a block. Module and parameter names are BEiT's own, so that its
-# files load unchanged.
+# 7  Relative position bias (BEiT, appendix A; not in PeCo's ViT), and positions of another grid.
+# The bias is a learned number for each relative position and head, added to the logits of
+# attention. All blocks share one table in pre-training, each has its own in fine-tuning. Modules
+# and parameters have BEiT's names, so that its files load unchanged.
 
 class Grid(NamedTuple):
     """Patches of the images at hand, down and across; with relative positions also their index."""
@@ -938,9 +937,6 @@ class RelativePositionBias(nn.Module):
         return position_bias(self.relative_position_bias_table, grid)
 
 
-# ------------------------------------------------------------------------------------------------
-# Positions of another grid
-
 @torch.compiler.disable                                     # the bisection in it is not for tracing
 def resize_bias_table(table, h, w):
     """A square grid's bias table for h × w patches; the class token's three rows stay."""
@@ -956,12 +952,12 @@ def resize_bias_table(table, h, w):
 
 @functools.lru_cache
 def offset_weights(old, new):
-    """Linear interpolation between offsets −(old−1) … old−1 and −(new−1) … new−1.
+    """The matrix that resamples biases of offsets −(old−1) … old−1 at −(new−1) … new−1.
 
-    As in BEiT the old offsets lie at 1, 1+q, 1+q+q², … on either side, with the q ≥ 1 that brings
-    the farthest to the farthest: near ones keep their distance. A smaller grid (q = 1) leaves the
-    far ones out. Between those places BEiT interpolates by cubic splines, this linearly.
-    → weights (2·new − 1, 2·old − 1).
+    Linear interpolation is a matrix (2·new − 1, 2·old − 1), computed once for each size. As in BEiT
+    the old offsets are placed at 1, 1+q, 1+q+q², … on either side, with the q ≥ 1 that brings the
+    farthest to the farthest: near ones keep their distance. A smaller grid (q = 1) leaves the far
+    ones out. Between those places BEiT interpolates by cubic splines, we linearly.
     """
     low, high = 1.0, float(max(new, 2))
     for _ in range(50):                                     # bisection for q
