@@ -3,6 +3,7 @@
     python pretrain.py --recipe demo
     torchrun --nproc-per-node 8 pretrain.py --epochs 800
 """
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,10 +47,8 @@ def get_args(argv=None):
     p = flags.parser("pretrain", __doc__)
     p.add_argument("--tokenizer", help="run or checkpoint of tokenizer.py")
     p.add_argument("--model", choices=SIZES, help="size of the ViT")
-    p.add_argument("--patch-size", type=within(int, "[1, 256]"),
-                   help="side of a patch, pixels")
-    p.add_argument("--drop-path", type=rate,
-                   help="rate of the last block, rising from 0 at the first")
+    p.add_argument("--patch-size", type=within(int, "[1, 256]"), help="side of a patch, pixels")
+    p.add_argument("--drop-path", type=rate, help="of the last block, rising from 0 at the first")
     p.add_argument("--positions", choices=["learned", "shared"],
                    help="learned embeddings, or a relative position bias that all blocks share "
                         "(with --mae: MAE's fixed ones)")
@@ -59,8 +58,7 @@ def get_args(argv=None):
                         "random masks (MAE's --mask-ratio is 0.75)")
     p.add_argument("--mask-ratio", type=within(float, "(0, 1)"),
                    help="share of the patches masked in every image")
-    p.add_argument("--mask-block", type=positive,
-                   help="smallest block of masked patches, in patches")
+    p.add_argument("--mask-block", type=positive, help="smallest block of masks, in patches")
     p.add_argument("--jitter", type=share, help="strength of the colour jitter, 0 to 1")
     p.add_argument("--betas", type=rate, nargs=2, help="AdamW's β₁ and β₂")
     p.add_argument("--weight-decay", type=amount, help="AdamW's weight decay, of matrices")
@@ -76,20 +74,17 @@ def get_args(argv=None):
 class AugmentAndMask:
     """In a worker, by the sample's own seed: PIL image → (image, mask (h, w), factors (3,)).
 
-    count: of masked patches; min_block: of BEiT's block-wise masks; 0: MAE's random masks. The
-    factors of the colour jitter are uniform in [1 − jitter, 1 + jitter], as torchvision draws them.
+    make_mask: a function without arguments. The factors of the colour jitter are uniform in
+    [1 − jitter, 1 + jitter], as torchvision draws them.
     """
 
-    def __init__(self, transform, grid, count, min_block, jitter=0.0):
-        self.transform, self.jitter = transform, jitter
-        self.grid, self.count, self.min_block = grid, count, min_block
+    def __init__(self, transform, make_mask, jitter=0.0):
+        self.transform, self.make_mask, self.jitter = transform, make_mask, jitter
 
     def __call__(self, image):
         image = self.transform(image)
         factors = torch.empty(3).uniform_(1 - self.jitter, 1 + self.jitter)
-        if self.min_block:
-            return image, block_mask(self.grid, self.count, self.min_block), factors
-        return image, random_mask(self.grid, self.count), factors
+        return image, self.make_mask(), factors
 
 
 def load_tokenizer(args):
@@ -99,8 +94,8 @@ def load_tokenizer(args):
     """
     state = checkpoint.load(args.tokenizer, ["tokenizer"], "--tokenizer")
     tokenizer = restore(f"--tokenizer {args.tokenizer}", state)
-    # Images are resized so that it sees a patch as one code, at half to twice the size (our choice;
-    # BEiT's tokenizer saw it at half).
+    # It sees images resized so that a patch becomes one code: in BEiT at half their size, here at
+    # half to twice their size (our choice).
     if not 0.5 <= tokenizer.stride / args.patch_size <= 2:
         grid = args.image_size // args.patch_size
         raise launch.InputError(
@@ -116,14 +111,12 @@ def build(args, codes):
 
     "model" is the ViT, which the next stage reads; with --mae the decoder is stored beside it.
     """
-    model_args = dict(
-        SIZES[args.model], image_size=args.image_size, patch_size=args.patch_size,
-        drop_path=args.drop_path)
+    model_args = dict(SIZES[args.model], image_size=args.image_size, patch_size=args.patch_size,
+                      drop_path=args.drop_path)
     if args.mae:                                            # MAE's ViT is a plain one
         model_args |= dict(positions="absolute", layer_scale=0.0)
     else:
-        model_args |= dict(
-            positions=args.positions, layer_scale=args.layer_scale, codes=codes)
+        model_args |= dict(positions=args.positions, layer_scale=args.layer_scale, codes=codes)
     vit = VisionTransformer(**model_args)
     vit.checkpoint_activations = args.checkpoint_activations
     if not args.mae:
@@ -147,8 +140,7 @@ def mae_decoder(size):
 def evaluate(args, model, tokenizer, dataset, transform, device):
     """Loss and accuracy (0 to 1) over masked patches of validation images, and masked.png.
 
-    Of 5000 images at most (our choice), each under the same mask every time. Every image counts
-    once, on any number of ranks.
+    It takes at most 5000 images (our choice), each once and always under the same mask.
     """
     model.eval()
     losses, hits, patches = torch.zeros(3, dtype=torch.float64, device=device)
@@ -211,10 +203,11 @@ def main(args):
     if not 0 < masked < grid * grid:
         raise launch.InputError(f"--mask-ratio {args.mask_ratio}: it masks {masked} of the "
                                  f"{grid * grid} patches; at least one of each kind is needed")
-    masks = (grid, masked, 0 if args.mae else args.mask_block)
-    transform = AugmentAndMask(augment, *masks, args.jitter)
+    make_mask = (partial(random_mask, grid, masked) if args.mae else
+                 partial(block_mask, grid, masked, args.mask_block))
+    transform = AugmentAndMask(augment, make_mask, args.jitter)
     evaluation = data.evaluation(args.image_size, eval_crop)            # as the tokenizer's
-    val_transform = AugmentAndMask(evaluation, *masks)
+    val_transform = AugmentAndMask(evaluation, make_mask)
 
     # The run: a new one, or from where it stopped
     identity = dict(images=len(dataset), tokenizer=digest, eval_crop=eval_crop)

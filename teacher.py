@@ -41,10 +41,8 @@ RECIPES = recipes.of("teacher", PAPER)
 def get_args(argv=None):
     p = flags.parser("teacher", __doc__)
     p.add_argument("--model", choices=SIZES, help="size of the ViT")
-    p.add_argument("--patch-size", type=within(int, "[1, 256]"),
-                   help="side of a patch, pixels")
-    p.add_argument("--hidden", type=within(int, "[1, 16384]"),
-                   help="width of the heads' hidden layers")
+    p.add_argument("--patch-size", type=within(int, "[1, 256]"), help="side of a patch, pixels")
+    p.add_argument("--hidden", type=within(int, "[1, 16384]"), help="width of the heads' layers")
     p.add_argument("--features", type=within(int, "[1, 16384]"),
                    help="dimension of q and k, which the loss compares")
     p.add_argument("--temperature", type=within(float, "(0, inf)"),
@@ -64,7 +62,7 @@ def get_args(argv=None):
 # MoCo v3
 
 class AllReduce(torch.autograd.Function):
-    """The sum over all ranks; backward, the sum of all ranks' gradients."""
+    """The sum over all ranks, whose gradient is the sum of all ranks' gradients."""
 
     @staticmethod
     def forward(ctx, x):
@@ -72,7 +70,11 @@ class AllReduce(torch.autograd.Function):
         dist.all_reduce(x)
         return x
 
-    backward = forward
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
 
 
 @torch.compiler.disable                                     # the graph breaks at collectives
@@ -122,8 +124,7 @@ class MoCo(nn.Module):
     def __init__(self, encoder, hidden, features, temperature):
         super().__init__()
         dim = encoder.cls_token.shape[-1]
-        self.temperature = temperature
-        self.encoder = encoder
+        self.encoder, self.temperature = encoder, temperature
         self.encoder.patch_embed.requires_grad_(False)      # random patch projection (sec. 4)
         self.projector = mlp(3, dim, hidden, features)
         self.predictor = mlp(2, features, hidden, features)
@@ -149,11 +150,11 @@ class MoCo(nn.Module):
         """Contrastive loss of queries among the keys of all ranks."""
         q = F.normalize(q.float(), dim=1)                                       # (B, features)
         k = F.normalize(k.float(), dim=1)                                       # (B, features)
-        keys = k
+        parts = [k] * launch.world_size()
         if dist.is_initialized():
-            gathered = [torch.empty_like(k) for _ in range(launch.world_size())]
-            dist.all_gather(gathered, k)
-            keys = torch.cat(gathered)                                         # (ranks·B, features)
+            parts = [torch.empty_like(k) for _ in parts]
+            dist.all_gather(parts, k)
+        keys = torch.cat(parts)                                                # (ranks·B, features)
         with torch.autocast(q.device.type, enabled=False):                  # in bf16 keys would tie
             logits = q @ keys.T / self.temperature                              # (B, ranks·B)
         labels = torch.arange(len(q), device=q.device) + len(q) * launch.rank()
@@ -202,15 +203,15 @@ def main(args):
     torch.manual_seed(args.seed)
     moco, model_args = build(args)
     moco.to(device)
-    modules = dict(moco.named_children())
-    modules["model"] = modules.pop("encoder")               # what the next stage reads
+    modules = dict(                                         # "model" is what the next stage reads
+        projector=moco.projector, predictor=moco.predictor, momentum_encoder=moco.momentum_encoder,
+        momentum_projector=moco.momentum_projector, model=moco.encoder)
     trained = [(name, p) for name, p in moco.named_parameters() if p.requires_grad]
     matrices = [(name, p) for name, p in trained if p.ndim > 1]
     vectors = [(name, p) for name, p in trained if p.ndim == 1]
-    optimizer = torch.optim.AdamW([
-        dict(params=matrices, weight_decay=args.weight_decay),
-        dict(params=vectors, weight_decay=0.0),
-    ], fused=True)
+    groups = [dict(params=matrices, weight_decay=args.weight_decay),
+              dict(params=vectors, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, fused=True)
 
     # The run: a new one, or from where it stopped
     run = Run(args, optimizer, model_args, modules, identity=dict(images=len(dataset)))

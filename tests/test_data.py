@@ -14,6 +14,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 import data
+from model import block_mask
 from pretrain import AugmentAndMask
 from support import launch, scenes
 from support.scenes import Synthetic
@@ -165,7 +166,8 @@ def arguments(**changes):
 def stream(start=0, stop=7, **changes):
     """All micro-batches of a run over 20 images, 2 steps an epoch: [inputs, labels]."""
     args = arguments(**changes)
-    transform = AugmentAndMask(CROP, 4, 6, 4, jitter=0.4)   # torch's randomness and Python's
+    # torch's randomness and Python's
+    transform = AugmentAndMask(CROP, lambda: block_mask(4, 6, 4), jitter=0.4)
     dataset = Synthetic(number=20, image_size=16)
     steps = list(data.TrainLoader(dataset, transform, args, start, stop, torch.device("cpu")))
     assert len(steps) == stop - start

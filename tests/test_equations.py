@@ -2,6 +2,7 @@
 
 Then what it does not put into equations: how the codebook begins, codes out of use, the tokenizer.
 """
+import functools
 import math
 
 import pytest
@@ -461,7 +462,8 @@ def test_eq7_one_step_of_the_loss_against_a_plain_loop():
 def transform_of_pretrain(args):
     augment = data.crop_and_flip(args.image_size, args.crop_min)
     masked = round(args.mask_ratio * 16)
-    return pretrain.AugmentAndMask(augment, 4, masked, args.mask_block, args.jitter)
+    make_mask = functools.partial(model.block_mask, 4, masked, args.mask_block)
+    return pretrain.AugmentAndMask(augment, make_mask, args.jitter)
 
 
 # ------------------------------------------------------------------------------------------------
