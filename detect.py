@@ -310,9 +310,8 @@ def evaluate(args, model, dataset, device):
     """
     model.eval()
     launch.broadcast_buffers(model)
-    results = []
-    loader = data.eval_loader(
-        dataset, transform(train=False), 1, args.workers, collate=data.as_lists)
+    results, to_pixels = [], transform(train=False)
+    loader = data.eval_loader(dataset, to_pixels, 1, args.workers, collate=data.as_lists)
     # batch_sampler: of each batch its (epoch, index) pairs
     for [(_, index)], ([image], [target]) in zip(loader.batch_sampler, loader, strict=True):
         detections = model([image.to(device)])[0]

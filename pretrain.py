@@ -50,12 +50,10 @@ def get_args(argv=None):
     p.add_argument("--patch-size", type=within(int, "[1, 256]"), help="side of a patch, pixels")
     p.add_argument("--drop-path", type=rate, help="of the last block, rising from 0 at the first")
     p.add_argument("--positions", choices=["learned", "shared"],
-                   help="learned embeddings, or a relative position bias that all blocks share "
-                        "(with --mae: MAE's fixed ones)")
+                   help="embeddings, or a relative bias that all blocks share (--mae: MAE's fixed)")
     p.add_argument("--layer-scale", type=amount, help="initial value; 0: no layer scale")
     p.add_argument("--mae", action="store_true",
-                   help="PeCo_MAE: MAE's encoder, of the visible patches alone, and decoder, with "
-                        "random masks (MAE's --mask-ratio is 0.75)")
+                   help="PeCo_MAE: MAE's encoder, decoder and random masks (its ratio: 0.75)")
     p.add_argument("--mask-ratio", type=within(float, "(0, 1)"),
                    help="share of the patches masked in every image")
     p.add_argument("--mask-block", type=positive, help="smallest block of masks, in patches")
@@ -65,8 +63,7 @@ def get_args(argv=None):
     p.add_argument("--warmup-epochs", type=amount, help="epochs of linear warm-up of the lr")
     p.add_argument("--clip", type=within(float, "(0, inf)"), help="largest norm of the gradient")
     p.add_argument("--checkpoint-activations", action="store_true",
-                   help="recompute the ViT's blocks in the backward pass: less memory, a forward "
-                        "pass more")
+                   help="recompute blocks in the backward pass: less memory, a forward pass more")
     data.add_arguments(p, layout=data.ANY_LAYOUT)
     return flags.parse(p, RECIPES, argv)
 
@@ -100,7 +97,7 @@ def load_tokenizer(args):
         grid = args.image_size // args.patch_size
         raise launch.InputError(
             f"--tokenizer {args.tokenizer}: its codes of {tokenizer.stride} px do not fit the "
-            f"ViT's {grid}×{grid} patches of {args.patch_size} px: train one of about that stride, "
+            f"ViT's {grid}×{grid} patches of {args.patch_size} px: take one of about that stride, "
             "or change --patch-size")
     return tokenizer.eval().requires_grad_(False), state["digest"], state["args"]["eval_crop"]
 
@@ -113,10 +110,8 @@ def build(args, codes):
     """
     model_args = dict(SIZES[args.model], image_size=args.image_size, patch_size=args.patch_size,
                       drop_path=args.drop_path)
-    if args.mae:                                            # MAE's ViT is a plain one
-        model_args |= dict(positions="absolute", layer_scale=0.0)
-    else:
-        model_args |= dict(positions=args.positions, layer_scale=args.layer_scale, codes=codes)
+    model_args |= (dict(positions="absolute", layer_scale=0.0) if args.mae else     # a plain ViT
+                   dict(positions=args.positions, layer_scale=args.layer_scale, codes=codes))
     vit = VisionTransformer(**model_args)
     vit.checkpoint_activations = args.checkpoint_activations
     if not args.mae:

@@ -43,13 +43,12 @@ def get_args(argv=None):
     p.add_argument("--model", choices=SIZES, help="size of the ViT")
     p.add_argument("--patch-size", type=within(int, "[1, 256]"), help="side of a patch, pixels")
     p.add_argument("--hidden", type=within(int, "[1, 16384]"), help="width of the heads' layers")
-    p.add_argument("--features", type=within(int, "[1, 16384]"),
-                   help="dimension of q and k, which the loss compares")
+    p.add_argument("--features", type=within(int, "[1, 16384]"), help="dimension of q and k")
     p.add_argument("--temperature", type=within(float, "(0, inf)"),
                    help="τ, by which the contrastive loss divides the similarities")
     p.add_argument("--momentum", type=share,
-                   help="m, share of its weights that the key encoder keeps in a step, at the "
-                        "start; it rises to 1 by a cosine")
+                   help="m, the share of its weights that the key encoder keeps in the first step; "
+                        "it rises to 1 by a cosine")
     p.add_argument("--weight-decay", type=amount, help="AdamW's weight decay, of matrices")
     p.add_argument("--warmup-epochs", type=amount, help="epochs of linear warm-up of the lr")
     p.add_argument("--checkpoint-activations", action="store_true",
@@ -81,16 +80,11 @@ class AllReduce(torch.autograd.Function):
 def global_mean(x):
     """Mean over the batch of all ranks: (B, features) → (features,)."""
     mean = x.mean(0)
-    if not dist.is_initialized():
-        return mean
-    return AllReduce.apply(mean) / launch.world_size()
+    return AllReduce.apply(mean) / launch.world_size() if dist.is_initialized() else mean
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over the batch of all ranks, on any device (SyncBatchNorm needs a GPU).
-
-    It has no running averages: the heads are thrown away after training.
-    """
+    """Batch norm over all ranks, also on CPUs. The heads only train: no running averages."""
 
     def __init__(self, features):
         super().__init__()
@@ -148,8 +142,7 @@ class MoCo(nn.Module):
 
     def ctr(self, q, k):
         """Contrastive loss of queries among the keys of all ranks."""
-        q = F.normalize(q.float(), dim=1)                                       # (B, features)
-        k = F.normalize(k.float(), dim=1)                                       # (B, features)
+        q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)     # (B, features)
         parts = [k] * launch.world_size()
         if dist.is_initialized():
             parts = [torch.empty_like(k) for _ in parts]
@@ -164,8 +157,8 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def update_momentum(self, m):
         """f_k ← m f_k + (1 − m) f_q"""
-        pairs = [(self.momentum_encoder, self.encoder), (self.momentum_projector, self.projector)]
-        for f_k, f_q in pairs:
+        for f_k, f_q in ((self.momentum_encoder, self.encoder),
+                         (self.momentum_projector, self.projector)):
             for key, query in zip(f_k.parameters(), f_q.parameters(), strict=True):
                 key.lerp_(query, 1 - m)
 

@@ -18,6 +18,8 @@ MAY_IMPORT = {                                              # of the project
     "support.weights": {"support.launch", "support.checkpoint", "support.flags", "model", "data"},
     "data": {"support.launch", "support.flags", "support.scenes"},
 }
+CEILINGS = dict(                                            # lines; they only ever sink
+    teacher=245, tokenizer=265, pretrain=250, finetune=215, segment=438, detect=410, model=982)
 ALONE = """
 from model import VisionTransformer, VQTokenizer, block_mask
 tokenizer = VQTokenizer(32, channels=(16, 32), codebook_size=8, code_dim=4)
@@ -52,6 +54,12 @@ def test_who_may_import_whom(name):
     assert not found & STAGES                               # a stage is no library
     if name in MAY_IMPORT:
         assert found <= MAY_IMPORT[name]
+
+
+@pytest.mark.parametrize("name, ceiling", [*CEILINGS.items(), ("support/flags", 150)])
+def test_no_file_outgrows_its_ceiling(name, ceiling):
+    """A reader takes in one file at a time: what is added makes room for itself."""
+    assert len((ROOT / f"{name}.py").read_text().splitlines()) <= ceiling
 
 
 def test_model_py_may_be_copied_alone(folder):
