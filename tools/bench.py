@@ -23,6 +23,7 @@ from support import flags, launch
 
 # The paper's settings, but for the perceptual loss, which needs weights.
 PRETRAIN, FINETUNE = pretrain.get_args([]), finetune.get_args(["--init", "none"])
+SHARED = pretrain.get_args(["--positions", "shared", "--layer-scale", "0.1"])   # BEiT's other ViT
 TOKENIZER = tokenizer.get_args(["--perceptual-weight", "0"])
 SIDE = PRETRAIN.image_size
 GRID = SIDE // PRETRAIN.patch_size
@@ -57,6 +58,9 @@ def pretraining(args, images):
     network = pretrain.build(PRETRAIN, codes=TOKENIZER.codebook_size)[0]
     step = training_step(args, network, lambda: network(images, masks), codes)
     yield "ViT-B pre-training step", step
+    other = pretrain.build(SHARED, codes=TOKENIZER.codebook_size)[0]
+    yield "with a shared position bias and layer scale", training_step(
+        args, other, lambda: other(images, masks), codes)
     explicit = mock.patch.object(F, "scaled_dot_product_attention", explicit_attention)
     yield "BEiT's explicit attention", explicit(step)
     from transformers import BeitConfig, BeitForMaskedImageModeling
