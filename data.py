@@ -25,7 +25,7 @@ from torchvision.utils import make_grid, save_image
 from support import launch
 from support.flags import within
 from support.launch import InputError, derive_seed, rank, world_size
-from support.scenes import Synthetic, synthetic_number
+from support.scenes import KINDS, Synthetic, synthetic_number
 
 LAYOUT = "synthetic[:IMAGES], cifar10, cifar100, or a folder with train/ and val/, a folder a class"
 ANY_LAYOUT = ("synthetic[:IMAGES], cifar10, cifar100, or a folder of images, flat or nested; those "
@@ -62,8 +62,9 @@ def load_dataset(name, split, image_size, root="data"):
 
     split: "train" or "val". image_size: of drawn scenes, pixels. root: the folder of CIFAR.
     """
-    if name.partition(":")[0] == "synthetic":
-        return Synthetic(split, synthetic_number(name, split), image_size)
+    kind = name.partition(":")[0]
+    if kind in KINDS:
+        return Synthetic(split, synthetic_number(name, split), image_size, kind=kind)
     if name in CIFAR:
         return cifar(name, split, root)
     folder = subfolder(name, split, remedy="labels are the names of folders: DIR/train/CLASS/")
@@ -88,7 +89,7 @@ def load_images(name, split, image_size):
     "train" are those of its train/, or else of the folder itself; "val" those of its val/. Where it
     has no val/, every 20th image is "val", and not "train".
     """
-    if name.partition(":")[0] == "synthetic" or name in CIFAR:
+    if name.partition(":")[0] in KINDS or name in CIFAR:
         return load_dataset(name, split, image_size)
     folder = subfolder(name, remedy="pass a folder of images")
     val, train = folder / "val", folder / "train"

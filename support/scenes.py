@@ -2,7 +2,9 @@
 
 Ten shapes, in random colours, textures, places and sizes, over ground and clutter. The class is the
 shape; colours, textures, place, size, tilt, ground and clutter say nothing of it. A scene is
-deterministic by (seed, split, index). All numbers are our choice.
+deterministic by (seed, split, index). Sixteen other shapes, none of which is one of the ten, are
+what ImageNet is to the paper: the demo's perceptual network learns them. All numbers are our
+choice.
 """
 import colorsys
 import functools
@@ -48,6 +50,11 @@ def cross(u, v):
     return (near < 0.28) & (far < 0.95)
 
 
+def within(u, v, width, height):
+    """A rectangle of so much to each side."""
+    return (np.abs(u) < width) & (np.abs(v) < height)
+
+
 SHAPES = {
     "disk": lambda u, v: u * u + v * v < 0.8,
     "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.75) < 0.22,
@@ -60,8 +67,31 @@ SHAPES = {
     "arrow": polygon((0, -1), (0.8, 0), (0.3, 0), (0.3, 1), (-0.3, 1), (-0.3, 0), (-0.8, 0)),
     "corner": polygon((-0.8, -0.8), (-0.2, -0.8), (-0.2, 0.2), (0.8, 0.2), (0.8, 0.8), (-0.8, 0.8)),
 }
-NAMES = list(SHAPES)
-CLUTTER = ("disk", "bar", "corner")
+OTHERS = {
+    "heart": lambda u, v: (u * u + v * v - 0.55) ** 3 < -u * u * v ** 3,
+    "T": polygon((-0.8, -0.9), (0.8, -0.9), (0.8, -0.4), (0.25, -0.4), (0.25, 0.9), (-0.25, 0.9),
+                 (-0.25, -0.4), (-0.8, -0.4)),
+    "Y": polygon((-0.9, -0.9), (-0.45, -0.9), (0, -0.3), (0.45, -0.9), (0.9, -0.9), (0.25, 0.05),
+                 (0.25, 0.9), (-0.25, 0.9), (-0.25, 0.05)),
+    "H": lambda u, v: within(u, v, 0.8, 0.9) & ((np.abs(u) > 0.35) | (np.abs(v) < 0.25)),
+    "E": lambda u, v: within(u, v, 0.7, 0.9) & ((u < -0.25) | (np.abs(np.abs(v) - 0.45) > 0.22)),
+    "S": lambda u, v: within(u, v, 0.7, 0.9) & ((np.abs(np.abs(v) - 0.45) > 0.22) | (u * v > 0.15)),
+    "bolt": polygon((0.2, -1), (-0.6, 0.2), (-0.05, 0.2), (-0.2, 1), (0.6, -0.25), (0.05, -0.25)),
+    "arch": lambda u, v: within(u, v, 0.85, 0.85) & ((np.abs(u) > 0.4) | (v < -0.35)),
+    "dumbbell": lambda u, v: ((np.abs(u) - 0.65) ** 2 + v * v < 0.12) | within(u, v, 0.65, 0.14),
+    "hourglass": lambda u, v: (np.abs(v) < 0.85) & (np.abs(u) < 0.12 + 0.7 * np.abs(v)),
+    "wedge": lambda u, v: (u * u + v * v < 0.85) & (u < 0.8 * np.abs(v)),
+    "chevron": polygon((-0.9, 0.3), (0, -0.7), (0.9, 0.3), (0.9, 0.8), (0, -0.1), (-0.9, 0.8)),
+    "frame": lambda u, v: within(u, v, 0.85, 0.85) & ~within(u, v, 0.4, 0.4),
+    "house": polygon((0, -0.95), (0.7, -0.15), (0.7, 0.85), (-0.7, 0.85), (-0.7, -0.15)),
+    "trapezoid": polygon((-0.3, -0.6), (0.3, -0.6), (0.95, 0.6), (-0.95, 0.6)),
+    "drop": lambda u, v: (u * u + (v - 0.3) ** 2 < 0.4) | ((v < 0.1) & (np.abs(u) < 0.5 * (v + 1))),
+}
+# --data → its shapes, and those that lie about as clutter
+KINDS = {
+    "synthetic": (SHAPES, ("disk", "bar", "corner")),
+    "synthetic-others": (OTHERS, ("drop", "dumbbell", "chevron")),
+}
 SPLITS = {"train": 1, "val": 2}                             # what a split's scenes are seeded by
 MOST = 10_000_000                                           # images
 
@@ -69,28 +99,32 @@ MOST = 10_000_000                                           # images
 # ------------------------------------------------------------------------------------------------
 # A scene
 
-def scene(rng, size, label=None):
+def scene(rng, size, label=None, kind="synthetic"):
     """A ground with clutter and one shape of that label, or else one to four of any.
 
-    size: pixels. Returns the image, uint8 (size, size, 3); the number of the shape that is seen at
-    each pixel, from 1, 0 for the ground, uint8 (size, size); the shapes' labels, in their order.
+    size: pixels. kind: one of KINDS. Returns the image, uint8 (size, size, 3); the number of the
+    shape that is seen at each pixel, from 1, 0 for the ground, uint8 (size, size); the shapes'
+    labels, in their order.
     """
+    shapes, clutter = KINDS[kind]
+    insides = list(shapes.values())
     n = 2 * size                                            # drawn at twice the size, then averaged
     y, x = np.mgrid[0:n, 0:n].astype(np.float32) / size - 1             # [-1, 1) across the image
     image = texture(rng, x, y, 0.0, 0.6)
     for _ in range(rng.integers(2, 5)):
-        piece = CLUTTER[rng.integers(3)]
+        piece = shapes[clutter[rng.integers(3)]]
         radius, centre = rng.uniform(0.06, 0.14), rng.uniform(-1, 1, 2)
         paste(rng, image, (x, y), piece, radius, centre, tilt=math.pi, darkest=0.0)
     smallest, largest, labels = 0.55, 0.85, np.array([label])
     if label is None:
         smallest, largest = 0.2, 0.5
-        labels = rng.integers(len(SHAPES), size=rng.integers(1, 5))
+        labels = rng.integers(len(shapes), size=rng.integers(1, 5))
     owner = np.zeros((n, n), int)
     for i, one in enumerate(labels, 1):
         radius = rng.uniform(smallest, largest)
         centre = rng.uniform(radius - 1, 1 - radius, 2)     # all of it lies within the image
-        box, inside = paste(rng, image, (x, y), NAMES[one], radius, centre, tilt=0.35, darkest=0.4)
+        box, inside = paste(
+            rng, image, (x, y), insides[one], radius, centre, tilt=0.35, darkest=0.4)
         owner[box][inside] = i
     shares = [halve((owner == i).astype(int)) for i in range(len(labels) + 1)]
     image = halve(image)
@@ -99,11 +133,11 @@ def scene(rng, size, label=None):
     return image, np.argmax(shares, 0).astype(np.uint8), labels        # the most frequent owner
 
 
-def paste(rng, image, points, name, radius, centre, tilt, darkest):
+def paste(rng, image, points, shape, radius, centre, tilt, darkest):
     """Paste a textured shape into the image, turned by at most `tilt`.
 
-    points: x and y of the pixels. Returns the part of the image that the shape can reach, two
-    slices, and where it lies in there.
+    points: x and y of the pixels. shape: its inside test. Returns the part of the image that the
+    shape can reach, two slices, and where it lies in there.
     """
     n, (x, y), (centre_x, centre_y) = len(image), points, centre
     ends = np.multiply.outer((centre_y, centre_x), (1, 1)) + (-1.5 * radius, 1.5 * radius)
@@ -113,7 +147,7 @@ def paste(rng, image, points, name, radius, centre, tilt, darkest):
     cos, sin = math.cos(angle) / radius, math.sin(angle) / radius
     x, y = x[box] - centre_x, y[box] - centre_y
     u, v = cos * x + sin * y, cos * y - sin * x             # the shape's own coordinates
-    inside = SHAPES[name](u, v)
+    inside = shape(u, v)
     image[box][inside] = texture(rng, u[inside], v[inside], darkest, 1.0)
     return box, inside
 
@@ -146,28 +180,28 @@ def halve(image):
 # Datasets
 
 @functools.lru_cache(maxsize=50_000)                        # drawing costs more than a demo's step
-def drawn(seed, split, index, size, label):
-    return scene(np.random.default_rng([seed, SPLITS[split], index]), size, label)
+def drawn(seed, split, index, size, label, kind="synthetic"):
+    return scene(np.random.default_rng([seed, SPLITS[split], index]), size, label, kind)
 
 
 class Synthetic(Dataset):
     """Scenes of one shape → (PIL image, class).
 
-    split: "train" or "val". number: of images. image_size: pixels.
+    split: "train" or "val". number: of images. image_size: pixels. kind: one of KINDS.
     """
 
-    classes = NAMES
-
-    def __init__(self, split="train", number=10_000, image_size=32, seed=0):
+    def __init__(self, split="train", number=10_000, image_size=32, seed=0, kind="synthetic"):
         self.split, self.number, self.size, self.seed = split, number, image_size, seed
-        self.targets = [i % len(SHAPES) for i in range(number)]
+        self.kind = kind
+        self.classes = list(KINDS[kind][0])
+        self.targets = [i % len(self.classes) for i in range(number)]
 
     def __len__(self):
         return self.number
 
     def __getitem__(self, index):
         label = self.targets[index]
-        image, _, _ = drawn(self.seed, self.split, index, self.size, label)
+        image, _, _ = drawn(self.seed, self.split, index, self.size, label, self.kind)
         return Image.fromarray(image), label
 
 
@@ -222,15 +256,13 @@ def palette(number):
 
 
 def synthetic_number(name, split):
-    """Images of --data synthetic[:IMAGES]; a fifth as many, 40 at least, for validation.
-
-    Raises InputError.
-    """
+    """Images of --data synthetic[:IMAGES]; a fifth as many, 40 at least, for validation."""
+    kind = name.partition(":")[0]
     try:
         number = int(name.partition(":")[2] or 10_000)
     except ValueError:
         number = 0
     if not 1 <= number <= MOST:
         raise InputError(
-            f"--data {name}: synthetic:IMAGES needs a whole number of images from 1 to {MOST}")
+            f"--data {name}: {kind}:IMAGES needs a whole number of images from 1 to {MOST}")
     return number if split == "train" else max(number // 5, 40)

@@ -45,7 +45,8 @@ COMMON = [
 # Whatever is random is on: revived codes, jitter, drop path, mixing.
 OWN = {
     "teacher": [],
-    "tokenizer": ["--codebook-size", "32", "--decay", "0.8", "--revive", "0.3"],
+    "tokenizer": ["--perceptual", "runs/demo/teacher", "--codebook-size", "32", "--decay", "0.8",
+                  "--revive", "0.3"],
     "pretrain": ["--drop-path", "0.1", "--jitter", "0.4"],
     "finetune": ["--label-fraction", "1", "--mixup", "0.8", "--drop-path", "0.1"],
     "segment": ["--image-size", "32", "--drop-path", "0.1"],

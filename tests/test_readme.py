@@ -3,8 +3,10 @@ import argparse
 import ast
 import re
 import shlex
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 import detect
@@ -13,6 +15,7 @@ import pretrain
 import segment
 import teacher
 import tokenizer
+from support.scenes import Synthetic
 from tools import attack, bench, codewords, export, figures, probe
 
 STAGES = {module.__name__: module
@@ -195,3 +198,16 @@ def test_use_runs_as_shown(chain, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert form(printed) == form(shown)
     assert form(printed).count("#") > 20
+
+
+def test_codes_and_features_of_a_folder_are_written_as_shown(chain, monkeypatch):
+    monkeypatch.chdir(chain.root)
+    for i in range(3):
+        Path("data/photos/album").mkdir(parents=True, exist_ok=True)
+        Synthetic("val")[i][0].resize((80, 60)).save(f"data/photos/album/{i}.jpg")
+    source = re.search(r"```python\n(import torch\n.*?)```", README, re.S)[1]
+    exec(source.replace("runs/photos", "runs/demo"), {})
+    saved = torch.load("photos.pt")
+    assert saved["paths"] == [f"data/photos/album/{i}.jpg" for i in range(3)]
+    assert saved["codes"].shape == (3, 4, 4) and saved["codes"].dtype == torch.int64
+    assert saved["features"].shape == (3, 64) and saved["features"].isfinite().all()
