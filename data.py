@@ -1,6 +1,6 @@
 """What goes in: datasets, the stages' transforms, samples, loaders. Knows nothing of models.
 
-Every image comes out as float32 (3, H, W) with pixels in [-1, 1]. All randomness of a sample, its
+Loaders yield images (B, 3, H, W), float32, with pixels in [-1, 1]. All randomness of a sample, its
 augmentation and its mask, is seeded by (seed, epoch, index): it depends neither on the number of
 workers or ranks, nor on where a run was stopped and resumed.
 """
@@ -211,7 +211,7 @@ def open_image(image):
 
 
 def to_pixels(image, *target):
-    """Where pixels get their range: PIL image or uint8 tensor → float32, [0, 255] → [-1, 1]."""
+    """PIL image or uint8 tensor → float32, [0, 255] → [-1, 1]; a target passes unchanged."""
     if isinstance(image, Image.Image):
         image = T.functional.pil_to_tensor(image)
     pixels = image.float() / 127.5 - 1
@@ -219,7 +219,7 @@ def to_pixels(image, *target):
 
 
 def save_rows(rows, file):
-    """The way back: rows of images (B, 3, H, W) under one another, as a PNG. InputError: full."""
+    """The way back: write rows of images (B, 3, H, W) under one another, as a PNG."""
     picture = make_grid(torch.cat(rows).float().clamp(-1, 1), len(rows[0]), pad_value=1.0)
     try:
         save_image(picture, file, format="png", normalize=True, value_range=(-1, 1))
@@ -368,10 +368,11 @@ class GlobalBatches(Sampler):
 
 
 class TrainLoader:
-    """Of each step from `start` to `stop` the list of its micro-batches, on the device.
+    """Yields for each step from `start` to `stop` a list of its micro-batches, on the device.
 
-    There are args.accumulate of them, each (what the transform makes, with floats for uint8,
-    labels). Workers live through all epochs. indices: of the images to train on; None: all.
+    These are args.accumulate pairs (inputs, labels); inputs are what the transform makes, uint8
+    images turned into floats in [-1, 1]. Workers live through all epochs. indices: of the images to
+    train on; None: all.
     """
 
     def __init__(self, dataset, transform, args, start, stop, device, indices=None, collate=None):

@@ -88,7 +88,8 @@ class Quantizer(nn.Module):
 
     def encode(self, z_e):
         """z_e (B, D, h, w) → codes (B, h, w)."""
-        codes = self.nearest(rows_of(z_e))
+        with torch.autocast(z_e.device.type, enabled=False):
+            codes = self.nearest(rows_of(z_e.to(self.codebook.dtype)))
         return codes.view(len(z_e), *z_e.shape[2:])
 
     def lookup(self, codes):
@@ -111,14 +112,14 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def initialize(self, generator):
         """Codes := random vectors of the pending global batch, each counted as used equally."""
-        vectors, _ = self.take_pending()                                        # (parts, R, D)
+        vectors, _ = self.take_pending()                            # (micro-batches, R, D)
         self.codebook.copy_(self.sample_rows(vectors, len(self.codebook), generator))
         self.count.fill_(vectors[..., 0].numel() * world_size() / len(self.count))
         self.sum.copy_(self.codebook * self.count[:, None])
 
     @torch.no_grad()
     def update(self, generator):
-        """A step of the averages over the pending global batch; generator: alike on all ranks."""
+        """A step of the EMA over the pending global batch; generator: in one state on all ranks."""
         vectors, codes = self.take_pending()
         n = torch.bincount(codes, minlength=len(self.count)).to(self.count.dtype)   # uses (K,)
         total = torch.zeros_like(self.sum)                                          # Σ z_e (K, D)
@@ -131,14 +132,14 @@ class Quantizer(nn.Module):
         mean = self.count.mean()
         dead = self.count < self.revive * mean
         if dead.any():
-            # A revived code counts as used like the mean. With its old averages it would go back.
+            # Count and sum are reset too, or the next update would undo the revival.
             self.sum[dead] = mean * self.sample_rows(vectors, int(dead.sum()), generator)
             self.count[dead] = mean
         used = self.count[:, None] > 1e-30                  # without revival N and m end at 0
         self.codebook.copy_(torch.where(used, self.sum / self.count[:, None], self.codebook))
 
     def take_pending(self):
-        """This rank's vectors (micro-batches, R, D) and codes (all R,) since the last call."""
+        """Vectors (micro-batches, R, D) and codes (micro-batches · R,) since the last call."""
         vectors = torch.stack([rows for rows, _ in self.pending])
         codes = torch.cat([codes for _, codes in self.pending])
         self.pending.clear()
@@ -352,9 +353,7 @@ class VQTokenizer(nn.Module):
             size = (grid * self.stride, grid * self.stride)
             if images.shape[2:] != size:
                 images = F.interpolate(images, size, mode="bicubic", antialias=True)
-        z_e = self.encoder(images)                                              # (B, D, h, w)
-        with torch.autocast(images.device.type, enabled=False):
-            return self.quantizer.encode(z_e.to(self.quantizer.codebook.dtype))
+        return self.quantizer.encode(self.encoder(images))
 
     def decode(self, codes):
         """Codes (B, h, w) → images (B, 3, h·s, w·s)."""
@@ -453,17 +452,18 @@ class PatchDiscriminator(nn.Sequential):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
 
-def adversarial(discriminator, judge, x, x_hat):
+def adversarial(discriminator, wrapped, x, x_hat):
     """Eq. 8: the discriminator D maximises log D(x) + log(1 − D(x̂)), the tokenizer opposes it.
 
-    Returns the tokenizer's loss, −log D(x̂), and D's, −log D(x) − log(1 − D(x̂)); each has a gradient
-    to its own network alone. log(1 − D(x̂)), as printed, has hardly any gradient while D is right:
-    we take the non-saturating form of Goodfellow et al. (2014), our choice.
+    x, x_hat: (B, 3, H, W). wrapped: the discriminator in DDP, for its own gradient. Returns two
+    scalars, the tokenizer's loss, −log D(x̂), and D's, −log D(x) − log(1 − D(x̂)); each has a
+    gradient to its own network alone. log(1 − D(x̂)), as printed, has hardly any gradient while D is
+    right: we take the non-saturating form of Goodfellow et al. (2014), our choice.
     """
     fixed = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
     logits = torch.func.functional_call(discriminator, fixed, x_hat)        # of x̂ (B, 1, h, w)
     l_fool = -F.logsigmoid(logits.float()).mean()
-    real, fake = judge(torch.cat([x, x_hat.detach()])).float().chunk(2)
+    real, fake = wrapped(torch.cat([x, x_hat.detach()])).float().chunk(2)
     l_judge = -F.logsigmoid(real).mean() - F.logsigmoid(-fake).mean()       # 1 − σ(s) = σ(−s)
     return l_fool, l_judge
 
@@ -555,14 +555,14 @@ class VisionTransformer(nn.Module):
     image_size, patch_size: pixels; dim, depth, heads: see SIZES. It takes images of any other size
         too: it pads them to whole patches (grey, right and below) and interpolates positions.
     positions: "learned" embeddings (the original ViT, PeCo's); a "shared" relative position bias
-        (BEiT's other ViT in pre-training), one a "block" (the same in fine-tuning); or "absolute":
-        fixed sine-cosine embeddings (MoCo v3).
+        (BEiT's other ViT in pre-training); one bias table in each "block" (the same in
+        fine-tuning); or "absolute": fixed sine-cosine embeddings (MoCo v3).
     layer_scale: its initial value, 0 for none. drop_path: rate of the last block, rising from 0.
     codes: K of the codebook, for masked image modelling: forward(images, mask) → (M, K).
     classes: for classification, from the mean of the patches: forward(images) → (B, classes).
     With neither, forward(images) → normalised tokens (B, 1+N, D).
-    mean, std: statistics of the network's inputs, of pixels in [0, 1]. Images come in [-1, 1] all
-        the same: the network normalises them itself.
+    mean, std: statistics of the network's inputs, of pixels in [0, 1]. Whatever they are,
+        images come in [-1, 1]: the network normalises them itself.
     """
 
     def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12,

@@ -71,8 +71,8 @@ def get_args(argv=None):
 class AugmentAndMask:
     """In a worker, by the sample's own seed: PIL image → (image, mask (h, w), factors (3,)).
 
-    make_mask: a function without arguments. The factors of the colour jitter are uniform in
-    [1 − jitter, 1 + jitter], as torchvision draws them.
+    make_mask: a function without arguments. The factors, of brightness, contrast and saturation,
+    are uniform in [1 − jitter, 1 + jitter], as torchvision draws them.
     """
 
     def __init__(self, transform, make_mask, jitter=0.0):
@@ -110,14 +110,16 @@ def build(args, codes):
     """
     model_args = dict(SIZES[args.model], image_size=args.image_size, patch_size=args.patch_size,
                       drop_path=args.drop_path)
-    model_args |= (dict(positions="absolute", layer_scale=0.0) if args.mae else     # a plain ViT
-                   dict(positions=args.positions, layer_scale=args.layer_scale, codes=codes))
+    if args.mae:                                            # a plain ViT
+        model_args |= dict(positions="absolute", layer_scale=0.0)
+    else:
+        model_args |= dict(positions=args.positions, layer_scale=args.layer_scale, codes=codes)
     vit = VisionTransformer(**model_args)
     vit.checkpoint_activations = args.checkpoint_activations
-    if not args.mae:
-        return vit, dict(model=vit), model_args
-    network = MaskedAutoencoder(vit, codes, **mae_decoder(args.model))
-    return network, dict(model=vit, decoder=network.decoder), model_args
+    if args.mae:
+        network = MaskedAutoencoder(vit, codes, **mae_decoder(args.model))
+        return network, dict(model=vit, decoder=network.decoder), model_args
+    return vit, dict(model=vit), model_args
 
 
 def mae_decoder(size):

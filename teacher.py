@@ -84,7 +84,7 @@ def global_mean(x):
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over all ranks, also on CPUs. The heads only train: no running averages."""
+    """Batch norm over all ranks, also on CPUs. Used in training alone: no running averages."""
 
     def __init__(self, features):
         super().__init__()
@@ -126,7 +126,7 @@ class MoCo(nn.Module):
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
     def forward(self, x1, x2):
-        """Algorithm 1: two views (B, 3, H, W) → the symmetric loss, the keys' accuracy."""
+        """Algorithm 1: two views (B, 3, H, W) → the symmetric loss, ctr's share."""
         q1, q2 = self.query(x1), self.query(x2)
         with torch.no_grad():
             k1, k2 = self.key(x1), self.key(x2)
@@ -141,7 +141,7 @@ class MoCo(nn.Module):
         return self.momentum_projector(self.momentum_encoder(x)[:, 0])          # (B, features)
 
     def ctr(self, q, k):
-        """Contrastive loss of queries among the keys of all ranks."""
+        """Queries among the keys of all ranks → loss, share of those whose own key is nearest."""
         q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)     # (B, features)
         parts = [k] * launch.world_size()
         if dist.is_initialized():
@@ -152,7 +152,7 @@ class MoCo(nn.Module):
             logits = q @ keys.T / self.temperature                              # (B, ranks·B)
         labels = torch.arange(len(q), device=q.device) + len(q) * launch.rank()
         accuracy = (logits.argmax(1) == labels).float().mean()
-        return F.cross_entropy(logits, labels) * 2 * self.temperature, accuracy
+        return F.cross_entropy(logits, labels) * 2 * self.temperature, accuracy     # Algorithm 1
 
     @torch.no_grad()
     def update_momentum(self, m):

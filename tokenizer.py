@@ -92,7 +92,7 @@ def get_args(argv=None):
 
 @launch.as_input_error()
 def build(args, perceptual_net):
-    """What is trained or used, by name, and the arguments of the tokenizer to build it again."""
+    """The tokenizer, L_percep or None, the discriminator or None, and the tokenizer's arguments."""
     model_args = dict(
         image_size=args.image_size, channels=args.channels, codebook_size=args.codebook_size,
         code_dim=args.code_dim, decay=args.decay, revive=args.revive,
@@ -209,8 +209,8 @@ def main(args):
         tokenizer.encoder.compile()
         tokenizer.decoder.compile()
     network = launch.ddp(tokenizer)
-    judge = launch.ddp(discriminator) if discriminator else None
-    networks = [network, judge] if judge else [network]
+    wrapped = launch.ddp(discriminator) if discriminator else None
+    networks = [network, wrapped] if wrapped else [network]
     autocast = launch.autocast(args, device)
 
     batches = iter(loader)
@@ -219,8 +219,8 @@ def main(args):
             run.save(step)
             row = evaluate(args, tokenizer, perceptual, val, device)
             run.log_evaluation(step, split="val", **row)
-            distance = args.perceptual_weight * row.get("distance", 0.0)
-            run.keep_best(step, -(row["mse"] + distance))
+            l_percep = args.perceptual_weight * row.get("distance", 0.0)
+            run.keep_best(step, -(row["mse"] + l_percep))           # of Eq. 5, without L_commit
         if step == run.steps:
             break
 
@@ -243,7 +243,7 @@ def main(args):
                 loss = (l_pixel + args.perceptual_weight * l_percep
                         + args.commitment_weight * l_commit)
                 if discriminator:
-                    l_fool, l_judge = adversarial(discriminator, judge, x, x_hat)
+                    l_fool, l_judge = adversarial(discriminator, wrapped, x, x_hat)     # Eq. 8
                     loss = loss + args.adversarial_weight * l_fool + l_judge
                     run.add(fool=l_fool, judge=l_judge)
             (loss / args.accumulate).backward()

@@ -113,13 +113,11 @@ class Run:
             raise InputError(message + "choose another --output, or --resume force")
 
     def refuse_other_starts(self):
-        starts = [self.start] * world_size()
-        if dist.is_initialized():
-            dist.all_gather_object(starts, self.start)
-        if len(set(starts)) > 1:
+        starts = set(launch.gather(self.start))
+        if len(starts) > 1:
             raise InputError(
                 f"--output {self.folder}: ranks found different checkpoints, of steps "
-                f"{sorted(set(starts))}: it must lie on storage that all machines share")
+                f"{sorted(starts)}: it must lie on storage that all machines share")
 
     # ---- Before a step: what is due
 
