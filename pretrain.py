@@ -108,12 +108,11 @@ def build(args, codes):
 
     "model" is the ViT, which the next stage reads; with --mae the decoder is stored beside it.
     """
-    model_args = dict(SIZES[args.model], image_size=args.image_size, patch_size=args.patch_size,
-                      drop_path=args.drop_path)
+    kind = dict(positions=args.positions, layer_scale=args.layer_scale, codes=codes)
     if args.mae:                                            # a plain ViT
-        model_args |= dict(positions="absolute", layer_scale=0.0)
-    else:
-        model_args |= dict(positions=args.positions, layer_scale=args.layer_scale, codes=codes)
+        kind = dict(positions="absolute", layer_scale=0.0)
+    model_args = dict(SIZES[args.model], image_size=args.image_size, patch_size=args.patch_size,
+                      drop_path=args.drop_path, **kind)
     vit = VisionTransformer(**model_args)
     vit.checkpoint_activations = args.checkpoint_activations
     if args.mae:
