@@ -1,9 +1,6 @@
 """Datasets, the stream of samples, and what is said of bad input."""
-import hashlib
-import pickle
 import urllib.error
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +13,8 @@ from torchvision.transforms.v2 import functional as TF
 import data
 from model import block_mask
 from pretrain import AugmentAndMask
-from support import launch, scenes
+from support import scenes
+from support.launch import InputError
 from support.scenes import Synthetic
 
 CROP = data.crop_and_flip(16)
@@ -29,33 +27,25 @@ def as_array(sample):
 # ------------------------------------------------------------------------------------------------
 # The embedded dataset
 
-@pytest.mark.parametrize("size", [32, 96])
-def test_synthetic_is_deterministic_by_seed_split_and_index(size):
-    first, again = Synthetic("train", 20, size), Synthetic("train", 5, size)
+def test_synthetic_is_deterministic_by_seed_split_and_index():
+    first, again = Synthetic("train", 20, 32), Synthetic("train", 5, 32)
     drawn = {i: as_array(again[i]) for i in (4, 0, 3)}      # in another order, of another number
     scenes.drawn.cache_clear()
     assert all(np.array_equal(as_array(first[i]), image) for i, image in drawn.items())
-    assert np.array_equal(as_array(first[3]), as_array(first[3]))
-    for other in (Synthetic("val", 20, size), Synthetic("train", 20, size, seed=1)):
+    for other in (Synthetic("val", 20, 32), Synthetic("train", 20, 32, seed=1)):
         assert not np.array_equal(as_array(first[3]), as_array(other[3]))
     assert not np.array_equal(as_array(first[3]), as_array(first[13]))      # the same class
 
 
-def test_synthetic_has_ten_classes_alike_in_number():
-    for split in ("train", "val"):
-        dataset = data.load_dataset("synthetic:200", split, 32)
-        assert len(dataset.classes) == 10 and len(set(dataset.classes)) == 10
+def test_synthetic_classes_number_and_size():
+    for split, name, number in (("train", "synthetic:200", 200), ("train", "synthetic", 10_000),
+                                ("val", "synthetic:2000", 400)):
+        dataset = data.load_dataset(name, split, 50)
+        assert len(dataset) == len(dataset.targets) == number
+        assert len(set(dataset.classes)) == 10
         assert [dataset[i][1] for i in range(12)] == dataset.targets[:12]
         assert np.ptp(np.bincount(dataset.targets, minlength=10)) == 0
-
-
-def test_synthetic_number_and_size():
-    assert len(data.load_dataset("synthetic:300", "train", 32)) == 300
-    assert len(data.load_dataset("synthetic", "train", 32)) == 10_000
-    assert len(data.load_dataset("synthetic:2000", "val", 32)) == 400
-    for size in (16, 50, 224):
-        image, _ = data.load_dataset("synthetic:1", "train", size)[0]
-        assert image.size == (size, size) and image.mode == "RGB"
+        assert dataset[0][0].size == (50, 50) and dataset[0][0].mode == "RGB"
 
 
 def test_label_subset_is_balanced():
@@ -100,7 +90,7 @@ def test_an_image_is_decoded_upright(folder):
         assert image.getpixel((4, 2)) == (255, 255, 255) and image.getpixel((4, 14)) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("name", ["grey.png", "grey.tif", "grey.pgm"])
+@pytest.mark.parametrize("name", ["grey.png", "grey.tif"])
 def test_16_bits_become_8(name, folder):
     pixels = np.linspace(0, 2 ** 16 - 1, 64 * 64).reshape(64, 64).astype(np.uint16)
     Image.fromarray(pixels).save(name)
@@ -108,11 +98,10 @@ def test_16_bits_become_8(name, folder):
     assert rgb.shape == (64, 64, 3) and (rgb == (pixels >> 8)[..., None]).all()
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.int32])
-def test_32_bits_are_refused(kind, folder):
+def test_32_bits_are_refused(folder):
     path = make_folder(folder / "set") / "train" / "bee" / "2.tif"
-    Image.fromarray(np.ones((20, 24), kind)).save(path)
-    with pytest.raises(launch.InputError, match="bee/2.tif: .*32-bit"):
+    Image.fromarray(np.ones((20, 24), np.float32)).save(path)
+    with pytest.raises(InputError, match="bee/2.tif"):
         data.read(data.load_images("set", "train", 16), 4)
 
 
@@ -181,17 +170,13 @@ def equal(one, other):
                for (inputs, labels), (inputs2, labels2) in zip(one, other, strict=True))
 
 
-def test_samples_do_not_depend_on_the_workers():
-    for workers in (1, 3):
-        assert equal(stream(workers=0), stream(workers=workers))
-    assert not equal(stream(), stream(seed=1))
-
-
-def test_samples_do_not_depend_on_the_process_own_randomness():
+def test_samples_depend_on_the_seed_alone():
+    """Neither on the workers nor on the process' own randomness."""
     torch.manual_seed(1)
     one = stream()
     torch.manual_seed(2)
-    assert equal(one, stream())
+    assert equal(one, stream(workers=3))
+    assert not equal(one, stream(seed=1))
 
 
 def test_micro_batches_are_the_parts_of_a_steps_batch():
@@ -205,9 +190,10 @@ def test_micro_batches_are_the_parts_of_a_steps_batch():
         assert factors.shape == (8, 3) and 0.6 <= factors.min() < 0.8 < 1.2 < factors.max() <= 1.4
 
 
-@pytest.mark.parametrize("start", [1, 2, 3, 6])
-def test_a_resumed_stream_is_the_tail_of_the_full_one(start):
-    assert equal(stream()[start:], stream(start=start))
+def test_a_resumed_stream_is_the_tail_of_the_full_one():
+    whole = stream()
+    for start in (1, 2, 6):
+        assert equal(whole[start:], stream(start=start))
 
 
 def test_every_epoch_is_another_permutation():
@@ -283,47 +269,36 @@ def make_folder(root, classes=("ant", "bee"), images=2, splits=("train", "val"))
 
 
 def test_image_folder(folder):
-    dataset = data.load_dataset(str(make_folder(folder / "set")), "train", 16)
+    touch(make_folder(folder / "set") / "train" / "ant" / "._0.jpg")    # macOS's do not count
+    dataset = data.load_dataset("set", "train", 16)
+    assert len(data.load_images("set", "train", 16)) == 4
     assert dataset.classes == ["ant", "bee"] and dataset.targets == [0, 0, 1, 1]
     images, labels = next(iter(data.eval_loader(dataset, data.evaluation(16), 4, 0)))
     assert images.shape == (4, 3, 16, 16) and labels.tolist() == [0, 0, 1, 1]
 
 
-def test_hidden_files_do_not_count(folder):
-    make_folder(folder / "set")
-    touch(folder / "set" / "train" / "ant" / "._0.jpg")     # macOS's
-    dataset = data.load_dataset("set", "train", 16)
-    assert len(dataset) == len(data.load_images("set", "train", 16)) == 4
-
-
 def refused(*arguments, load=data.load_dataset):
-    with pytest.raises(launch.InputError) as error:
+    with pytest.raises(InputError) as error:
         load(*arguments, 16)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_wrong_folders_are_refused_by_name(folder):
-    assert "nowhere: no such folder" in refused("nowhere", "train")
+    assert "nowhere" in refused("nowhere", "train")
     (folder / "flat" / "ant").mkdir(parents=True)           # not in train/
-    assert "flat: it has no train/ folder" in refused("flat", "train")
-    make_folder(folder / "half", splits=["train"])
-    data.load_dataset("half", "train", 16)
-    assert "half: it has no val/ folder" in refused("half", "val")
-    make_folder(folder / "other", splits=["val"])           # enough for an evaluation
-    assert data.load_dataset("other", "val", 16).classes == ["ant", "bee"]
-    assert "other: it has no train/ folder" in refused("other", "train")
+    assert "flat: it has no train/" in refused("flat", "train")
+    make_folder(folder / "val", splits=["val"])             # enough for an evaluation
+    assert data.load_dataset("val", "val", 16).classes == ["ant", "bee"]
     make_folder(folder / "two", splits=["train"])
     make_folder(folder / "two", ("ant", "cow"), splits=["val"])
-    assert "two: train/ and val/ have different classes" in refused("two", "val")
+    assert "two" in refused("two", "val")                   # other classes
     make_folder(folder / "raw", splits=["train"])
     touch(folder / "raw" / "val" / "ILSVRC2012_val_00000001.JPEG")      # as ImageNet's come
     message = refused("raw", "val")
     assert "--data raw/val: " in message and "docs/faq.md" in message
-    (folder / "bare" / "train").mkdir(parents=True)
+    (folder / "bare" / "train" / "ant").mkdir(parents=True)
     assert "bare/train" in refused("bare", "train")
-    (folder / "bare" / "train" / "ant").mkdir()
-    assert "bare/train" in refused("bare", "train") and "ant" in refused("bare", "train")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -356,25 +331,14 @@ def test_any_folder_of_images_is_split(folder):
         "flat/train/2.jpg", "flat/train/a/1.jpg"]
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_val_is_evaluated_and_never_trained_on(train, folder):
+@pytest.mark.parametrize("where", ["train", "some"])
+def test_val_is_evaluated_and_never_trained_on(where, folder):
     for i in range(3):
-        touch(folder / "set" / ("train" if train else "some") / f"{i}.jpg")
+        touch(folder / "set" / where / f"{i}.jpg")
         touch(folder / "set" / "val" / "deep" / f"{i}.jpg")
-    (folder / "set" / ("train" if train else "some") / "link").symlink_to(folder / "set" / "val")
+    (folder / "set" / where / "link").symlink_to(folder / "set" / "val")
     assert listed("set", "val") == [f"set/val/deep/{i}.jpg" for i in range(3)]
-    where = "train" if train else "some"
     assert listed("set", "train") == [f"set/{where}/{i}.jpg" for i in range(3)]
-
-
-def test_a_link_adds_no_image_twice(folder):
-    for i in range(3):
-        touch(folder / "set" / "a" / f"{i}.jpg")
-        touch(folder / "elsewhere" / f"{i}.jpg")
-    (folder / "set" / "a" / "up").symlink_to(folder / "set")
-    (folder / "set" / "other").symlink_to(folder / "elsewhere")         # followed
-    paths = listed("set", "train") + listed("set", "val")
-    assert sorted(paths) == [f"set/{name}/{i}.jpg" for name in ("a", "other") for i in range(3)]
 
 
 def test_splits_that_lie_deeper_are_named(folder):
@@ -385,82 +349,25 @@ def test_splits_that_lie_deeper_are_named(folder):
 
 
 def test_folders_without_images_are_refused(folder):
-    assert "nowhere: no such folder" in refused("nowhere", "val", load=data.load_images)
     (folder / "empty" / "deep").mkdir(parents=True)
-    for split in ("train", "val"):
-        message = refused("empty", split, load=data.load_images)
-        assert f"empty: no images for {split} in it (.jpg" in message
-    touch(folder / "one" / "1.jpg")
-    assert "one: no images for train" in refused("one", "train", load=data.load_images)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_named(folder, damage, workers, capsys):
-    path = make_folder(folder / "set", images=1) / "train" / "bee" / "0.jpg"
-    whole = path.read_bytes()
-    damaged = {"truncated": whole[:len(whole) // 2], "text": b"not an image", "empty": b""}
-    path.write_bytes(damaged[damage])
-    dataset = data.load_dataset("set", "train", 16)
-
-    def main(args):
-        list(data.eval_loader(dataset, data.evaluation(16), 2, workers))
-
-    with pytest.raises(SystemExit) as stop:
-        launch.start(main, Namespace(stage="teacher", batch_size=1, accumulate=1))
-    message = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert message.startswith(f"teacher.py: {Path('set/train/bee/0.jpg')}")
-    assert message.count("\n") == 1
+    touch(folder / "one" / "1.jpg")                         # held out
+    for name in ("nowhere", "empty", "one"):
+        assert name in refused(name, "train", load=data.load_images)
 
 
 # ------------------------------------------------------------------------------------------------
 # CIFAR through torchvision
 
-def make_cifar(kind, root, monkeypatch):
-    """A tiny archive, laid out as the original: pickles of rows of bytes, channel by channel."""
-    folder = root / kind.base_folder
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    names = [f"class {i}" for i in range(10)]
-
-    def write(name, content):
-        (folder / name).write_bytes(pickle.dumps(content))
-        return name, hashlib.md5((folder / name).read_bytes()).hexdigest()
-
-    def batch(name, images):
-        rows = rng.integers(0, 256, (images, 3072), np.uint8)
-        labels = "labels" if kind is torchvision.datasets.CIFAR10 else "fine_labels"
-        return rows, write(name, {"data": rows, labels: [i % 10 for i in range(images)]})
-
-    train, names_in = zip(*(batch(f"train_{i}", 10) for i in range(2)), strict=True)
-    val, val_in = batch("test", 10)
-    meta, md5 = write("names", {"label_names": names})
-    monkeypatch.setattr(kind, "train_list", [list(entry) for entry in names_in])
-    monkeypatch.setattr(kind, "test_list", [list(val_in)])
-    monkeypatch.setattr(kind, "meta", dict(filename=meta, key="label_names", md5=md5))
-    return np.concatenate(train), val
+def test_cifar_is_torchvisions(monkeypatch):
+    monkeypatch.setitem(data.CIFAR, "cifar100", lambda root, **keywords: (root, keywords))
+    assert data.load_dataset("cifar100", "train", 32) == ("data", dict(train=True, download=True))
+    assert data.load_dataset("cifar100", "val", 32) == ("data", dict(train=False, download=True))
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar(name, folder, monkeypatch):
-    kind = getattr(torchvision.datasets, name.upper())
-    rows, val = make_cifar(kind, folder / "data", monkeypatch)
-    dataset = data.load_dataset(name, "train", 32)
-    assert len(dataset) == 20 and len(dataset.classes) == 10
-    assert dataset.targets[11] == dataset[11][1] == 1
-    pixels, _ = data.Samples(dataset, data.to_pixels, 0)[0, 11]
-    assert torch.allclose(pixels, torch.tensor(rows[11].reshape(3, 32, 32)) / 127.5 - 1, atol=1e-6)
-    fourth = as_array(data.load_dataset(name, "val", 32)[3])
-    assert np.array_equal(fourth, val[3].reshape(3, 32, 32).transpose(1, 2, 0))
-
-
-@pytest.mark.parametrize("error", [urllib.error.URLError("no route"),
-                                   RuntimeError("File not found or corrupted.")])
-def test_cifar_that_is_not_there_is_refused(monkeypatch, error):
+def test_cifar_that_is_not_there_is_refused(monkeypatch):
     def fail(*arguments, **keywords):
-        raise error
+        raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", fail)
     message = refused("cifar10", "train")
-    assert "cifar10" in message and str(error) in message and "data/" in message
+    assert "cifar10" in message and "no route" in message
