@@ -1,22 +1,20 @@
-"""Detection: the data, the figures, torchvision's Mask R-CNN on the ViT.
-
-Its command line is tested with the other stages' in test_stages.py.
-"""
+"""Detection: the data, the figures, torchvision's Mask R-CNN on the ViT."""
 import contextlib
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import COMMON, OWN, run
+from conftest import COMMON, run
 from PIL import Image
 from test_stages import fails, log, newest
 
 import data
 import detect
 import model
+from support import weights
+from support.launch import InputError
 
 pytestmark = pytest.mark.skipif(
     detect.COCO is None, reason="pycocotools is not installed: requirements-extra.txt")
@@ -26,18 +24,20 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def make_coco(folder, images=6):
+@pytest.fixture
+def coco(folder):
     """A dataset in COCO's layout, with all that occurs in the real one: categories 3, 7 and 90.
 
     In each split image 10 has no objects, image 11 only a crowd, image 12 is grey, image 13 has a
     box without height.
     """
     rng = np.random.default_rng(0)
-    (folder / "annotations").mkdir(parents=True)
+    root = folder / "coco"
+    (root / "annotations").mkdir(parents=True)
     for split in ("train", "val"):
-        (folder / f"{split}2017").mkdir()
+        (root / f"{split}2017").mkdir()
         files, annotations = [], []
-        for number in range(10, 10 + images):
+        for number in range(10, 20):
             name = f"{number:012}.jpg"
             files.append(dict(id=number, file_name=name, height=48, width=64))
             for annotation in annotations_of(number):
@@ -49,12 +49,12 @@ def make_coco(folder, images=6):
             image = Image.fromarray(pixels)
             if number == 12:
                 image = image.convert("L")
-            image.save(folder / f"{split}2017" / name)
+            image.save(root / f"{split}2017" / name)
         names = {90: "toothbrush", 3: "car", 7: "train"}
         categories = [dict(id=i, name=name) for i, name in names.items()]
         whole = dict(images=files, annotations=annotations, categories=categories)
-        (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(whole))
-    return folder
+        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(whole))
+    return root
 
 
 def annotations_of(number):
@@ -72,18 +72,6 @@ def annotations_of(number):
     return found
 
 
-def test_a_polygon_of_two_points_is_left_out(folder):
-    file = make_coco(folder / "coco") / "annotations" / "instances_train2017.json"
-    contents = json.loads(file.read_text())
-    outline = contents["annotations"][2]["segmentation"]
-    contents["annotations"][2]["segmentation"] = [*outline, [1, 2, 3, 4]]
-    contents.pop("info", None)                              # pycocotools 2.0.10 asks for it
-    file.write_text(json.dumps(contents))
-    coco = detect.load_dataset("coco", "train", 64).coco
-    assert coco.anns[contents["annotations"][2]["id"]]["segmentation"] == outline
-    assert "info" in coco.dataset
-
-
 def annotation(category, box, **more):
     x, y, w, h = box
     polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
@@ -94,12 +82,15 @@ def annotation(category, box, **more):
 # ------------------------------------------------------------------------------------------------
 # Data
 
-def test_coco_layout(folder):
-    make_coco(folder / "coco")
-    dataset = detect.load_dataset("coco", "train", 0)
+def load(split="train"):
+    return detect.load_dataset("coco", split, 0)
+
+
+def test_coco_layout(coco):
+    dataset = load()
     assert dataset.classes == ["car", "train", "toothbrush"] and dataset.category_ids == [3, 7, 90]
-    assert len(dataset) == 6
-    assert dataset.with_objects() == [2, 3, 4, 5]           # not the one with a crowd alone
+    assert len(dataset) == 10
+    assert dataset.with_objects() == [2, 3, 4, 5, 6, 7, 8, 9]       # not that with a crowd alone
     samples = data.Samples(dataset, detect.transform(train=False), 0)
     expected = [[], [], [1, 2], [3, 2], [1, 2], [3, 2]]     # without the flat box of image 13
     for index, labels in enumerate(expected):
@@ -115,8 +106,8 @@ def test_coco_layout(folder):
             assert target["boxes"].shape == (0, 4)
 
 
-def test_boxes_and_masks_are_flipped_with_the_image(folder):
-    dataset = detect.load_dataset(str(make_coco(folder / "coco")), "train", 0)
+def test_boxes_and_masks_are_flipped_with_the_image(coco):
+    dataset = load()
     samples = data.Samples(dataset, detect.transform(train=True), 0)
     seen = set()
     for epoch in range(8):
@@ -130,60 +121,43 @@ def test_boxes_and_masks_are_flipped_with_the_image(folder):
     assert len(seen) == 2
 
 
-def test_bad_coco_files(folder, capsys):
-    root = make_coco(folder / "coco")
-    flags = ["--data", "coco", "--init", "none", "--batch-size", "2", "--steps", "1"]
-    path = root / "train2017" / "000000000014.jpg"
-    path.write_bytes(path.read_bytes()[:100])
-    four = [*flags, "--batch-size", "4", "--output", "a"]
-    message = fails(capsys, "detect", *four)
-    assert message.startswith(
-        "detect.py: coco/train2017/000000000014.jpg: not a readable image")
-    path.unlink()
-    assert "000000000014.jpg: not a readable image" in fails(capsys, "detect", *four)
+@pytest.mark.parametrize("key, value", [
+    ("segmentation", [[1, 2], [1, 2, 3, 4]]), ("segmentation", None), ("category_id", 5),
+    ("area", None), ("bbox", None)])
+def test_a_bad_annotation_is_named(key, value, coco):
+    file = coco / "annotations" / "instances_train2017.json"
+    whole = json.loads(file.read_text())
+    whole["annotations"][2][key] = value
+    file.write_text(json.dumps(whole))
+    number = whole["annotations"][2]["id"]
+    with pytest.raises(InputError, match=f"{file.name}: annotation {number}: its {key}"):
+        load()
 
-    file = root / "annotations" / "instances_train2017.json"
-    whole = file.read_text()
 
-    def without_segmentation(annotation):
-        del annotation["segmentation"]
-
-    def of_an_unknown_category(annotation):
-        annotation["category_id"] = 5
-
-    def without_area(annotation):
-        del annotation["area"]
-
-    def with_polygons_of_two_points(annotation):
-        annotation["segmentation"] = [[1, 2], [1, 2, 3, 4]]
-
-    def without_a_box(annotation):
-        annotation["bbox"] = None
-
-    for damage in (without_segmentation, with_polygons_of_two_points, of_an_unknown_category,
-                   without_area, without_a_box):
-        changed = json.loads(whole)
-        damage(changed["annotations"][2])
-        number = changed["annotations"][2]["id"]
-        file.write_text(json.dumps(changed))
-        message = fails(capsys, "detect", *flags)
-        assert f"instances_train2017.json: annotation {number}: " in message
+def test_bad_files_are_named(coco):
+    image = coco / "train2017" / "000000000014.jpg"
+    image.write_bytes(image.read_bytes()[:100])
+    with pytest.raises(InputError, match="coco/train2017/000000000014.jpg"):
+        data.read(load(), 4)
+    file = coco / "annotations" / "instances_train2017.json"
     file.write_text("{")
-    assert "instances_train2017.json: not COCO's format" in fails(capsys, "detect", *flags)
+    with pytest.raises(InputError, match=file.name):
+        load()
     file.unlink()
-    message = fails(capsys, "detect", *flags)
-    assert "it has no annotations/instances_train2017.json" in message
-    (root / "val2017").rename(root / "test2017")
-    assert "coco: it has no val2017/ folder" in fails(capsys, "detect", *flags)
-    two = str(make_coco(folder / "two"))
-    message = fails(capsys, "detect", *flags, "--batch-size", "5", "--data", two)
-    assert "--batch-size 5 is more than the 4 training images" in message
+    with pytest.raises(InputError, match=f"coco: .*annotations/{file.name}"):
+        load()
+    (coco / "train2017").rename(coco / "train")
+    with pytest.raises(InputError, match="coco: .*train2017/"):
+        load()
 
 
-def test_missing_pycocotools(capsys, monkeypatch):
+def test_what_cannot_be_detected_is_refused(coco, capsys, monkeypatch):
+    few = ["--init", "none", "--data", "coco", "--batch-size", "9"]
+    assert "--batch-size 9" in fails(capsys, "detect", *few)        # 8 images have objects
+    # torchvision's RoIAlign would read their maps at other places than the boxes'
+    assert "14 pixels" in fails(capsys, "detect", "--init", "none", "--patch-size", "14")
     monkeypatch.setattr(detect, "COCO", None)
-    message = fails(capsys, "detect", "--init", "none")
-    assert message == "detect.py: COCO's evaluation is missing: pip install pycocotools"
+    assert "pip install pycocotools" in fails(capsys, "detect", "--init", "none")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -201,12 +175,11 @@ def as_detections(target, noise, generator):
 
 
 @pytest.mark.parametrize("name", ["coco", "synthetic:40"])
-def test_average_precision_is_the_official_evaluators(name, folder):
+def test_average_precision_is_the_official_evaluators(name, coco):
     """The same predictions through files and pycocotools alone, as its documentation has it."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    make_coco(folder / "coco")
     dataset = detect.load_dataset(name, "val", 64)
     samples = data.Samples(dataset, detect.transform(train=False), 0)
     generator = seeded()
@@ -215,6 +188,7 @@ def test_average_precision_is_the_official_evaluators(name, folder):
         detections = as_detections(samples[0, index][1], 4.0, generator)
         results += detect.as_results(detections, dataset.ids[index], dataset.category_ids)
     truth = detect.ground_truth(dataset)
+    assert set(detect.average_precision(truth, []).values()) == {0.0}
     row = detect.average_precision(truth, results)
     assert 5 < row["box_ap"] < row["box_ap50"] <= 100
     if name == "coco":
@@ -239,22 +213,6 @@ def test_average_precision_is_the_official_evaluators(name, folder):
             assert ours == [100 * value for value in evaluation.stats[:3]]
 
 
-def test_average_precision_of_nothing_and_of_wrong_classes(folder):
-    dataset = detect.load_dataset(str(make_coco(folder / "coco")), "val", 0)
-    truth = detect.ground_truth(dataset)
-    assert set(detect.average_precision(truth, []).values()) == {0.0}
-    target = data.Samples(dataset, detect.transform(train=False), 0)[0, 2][1]
-    wrong = dict(as_detections(target, 0, seeded()), labels=torch.tensor([3, 3]))
-    results = detect.as_results(wrong, 12, dataset.category_ids)
-    assert detect.average_precision(truth, results)["box_ap"] < 1
-    nothing = dict(
-        boxes=torch.zeros(0, 4),
-        labels=torch.zeros(0, dtype=torch.int64),
-        scores=torch.zeros(0),
-        masks=torch.zeros(0, 1, 48, 64))
-    assert detect.as_results(nothing, 12, dataset.category_ids) == []
-
-
 # ------------------------------------------------------------------------------------------------
 # The network
 
@@ -271,15 +229,10 @@ def test_pyramid_and_anchors():
     assert [(name, *x.shape[1:]) for name, x in maps.items()] == [
         ("0", 16, 24, 16), ("1", 16, 12, 8), ("2", 16, 6, 4), ("3", 16, 3, 2), ("pool", 16, 2, 1)]
     assert network.rpn.anchor_generator.sizes == ((16,), (32,), (64,), (128,), (256,))
-    vit = model.VisionTransformer(32, 16, dim=32, depth=1, heads=2)
-    standard = detect.mask_rcnn(vit, 90, 256, 512, 32, 32)
-    # torchvision's defaults
-    assert standard.rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
 
 
-def test_images_without_objects_train_and_every_weight_has_a_gradient(folder):
-    dataset = detect.load_dataset(str(make_coco(folder / "coco")), "train", 0)
-    samples = data.Samples(dataset, detect.transform(train=True), 0)
+def test_images_without_objects_train_and_every_weight_has_a_gradient(coco):
+    samples = data.Samples(load(), detect.transform(train=True), 0)
     network = tiny()
     images, targets = data.as_lists([samples[0, index] for index in (0, 2, 3)])
     losses = network(images, targets)
@@ -291,31 +244,19 @@ def test_images_without_objects_train_and_every_weight_has_a_gradient(folder):
     assert all(torch.isfinite(loss) for loss in network(images, targets).values())
 
 
-def test_patches_of_no_power_of_two_are_refused(capsys):
-    """torchvision's RoIAlign would read their maps at other places than the boxes'."""
-    message = fails(capsys, "detect", "--init", "none", "--patch-size", "14")
-    assert "patches of 14 pixels: detection needs 2, 4, 8, 16 or 32" in message
-
-
-def test_one_size_in_training_and_evaluation(monkeypatch):
+def test_one_size_in_training_and_evaluation():
     network = tiny()
-    forward = network.backbone.forward
     seen = []
-
-    def watched(images):
-        seen.append(tuple(images.shape[2:]))
-        return forward(images)
-
-    monkeypatch.setattr(network.backbone, "forward", watched)
+    network.backbone.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].shape[2:]))
     image = torch.zeros(3, 30, 40)
     target = dict(
         boxes=torch.tensor([[2.0, 2, 20, 20]]),
         labels=torch.tensor([1]),
         masks=torch.ones(1, 30, 40, dtype=torch.uint8))
-    network([image], [target])
-    assert seen[-1] == (32, 48)                             # 32 × 43, padded to multiples of 16
+    network([image], [target])                              # 32 × 43, padded to multiples of 16
     network.eval()([image, torch.zeros(3, 16, 48)])         # at most 48 wide
-    assert seen[-1] == (32, 48)
+    assert seen == [(32, 48), (32, 48)]
 
 
 def test_boxes_are_in_fp32_under_autocast(monkeypatch):
@@ -337,26 +278,15 @@ def test_boxes_are_in_fp32_under_autocast(monkeypatch):
     assert detections["boxes"].dtype == detections["scores"].dtype == torch.float32
 
 
-def test_an_image_is_evaluated_by_itself(folder, monkeypatch):
+def test_an_image_is_evaluated_by_itself(coco):
     """Whatever the batch size: beside a larger image it would be padded."""
-    monkeypatch.setattr(detect, "PICTURES", 0)
-    dataset = detect.load_dataset(str(make_coco(folder / "coco")), "val", 0)
-    dataset.ids, dataset.samples = dataset.ids[2:5], dataset.samples[2:5]
-    rows = []
-    for batch_size in ("16", "1"):
-        torch.manual_seed(0)
-        args = detect.get_args([*COMMON, "--batch-size", batch_size, "--output", "."])
-        network, seen = tiny(), []
-
-        def watched(images, forward=network.forward, seen=seen):
-            seen.append(len(images))
-            return forward(images)
-
-        network.forward = watched
-        rows.append(detect.evaluate(args, network, dataset, torch.device("cpu")))
-        assert seen == [1, 1, 1]
-    assert rows[0] == rows[1] and rows[0]["images"] == 3
-    assert not list(Path().glob("picture-*.png"))
+    args = detect.get_args([*COMMON, "--batch-size", "16", "--output", "."])
+    network = tiny()
+    seen = []
+    network.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    row = detect.evaluate(args, network, load("val"), torch.device("cpu"))
+    assert seen == [1] * 10 and row["images"] == 10
+    assert len(list(Path().glob("picture-*.png"))) == 8
 
 
 def test_schedule():
@@ -366,7 +296,7 @@ def test_schedule():
     assert values[80:110] == pytest.approx([0.1] * 30)
     assert values[110:] == pytest.approx([0.01] * 10)
     longer = [detect.schedule(step, 360, 10, 1.0) for step in range(360)]
-    assert longer[9:240] == [1.0] * 231 and longer[240] == pytest.approx(0.1)
+    assert longer[239:241] == pytest.approx([1.0, 0.1])
     assert longer[329:331] == pytest.approx([0.1, 0.01])
 
 
@@ -374,48 +304,27 @@ def test_schedule():
 # The stage
 
 def test_training_begins_from_the_pre_trained_weights(chain):
-    args = detect.get_args([*COMMON, *OWN["detect"], *chain.inputs["detect"]])
-    state = newest(chain.pretrain)
+    args = detect.get_args([*COMMON, *chain.inputs["detect"], "--image-size", "60"])
+    state, digest = weights.read(args)
     network, _ = detect.build(args, 10, state)
-    vit = network.backbone.pyramid.vit
-    assert torch.equal(vit.blocks[0].mlp.fc1.weight, state["model"]["blocks.0.mlp.fc1.weight"])
-    assert network.transform.min_size == (32,) and network.transform.max_size == 32
-    assert newest(chain.detect)["identity"]["init"] == state["digest"]
+    fc1 = "blocks.0.mlp.fc1.weight"
+    assert torch.equal(network.backbone.pyramid.vit.get_parameter(fc1), state["model"][fc1])
+    assert network.transform.min_size == (60,)
+    assert newest(chain.detect)["identity"]["init"] == digest
 
 
-def test_a_network_without_weights(chain):
-    """Of an empty network."""
-    args = detect.get_args([*COMMON, *OWN["detect"], "--checkpoint-activations"])
-    state = newest(chain.pretrain)
-    network, model_args = detect.build(args, 10, state | dict(model=None))
-    assert model_args == newest(chain.detect)["model_args"]
-    assert network.state_dict().keys() == newest(chain.detect)["model"].keys()
-    assert network.backbone.pyramid.vit.checkpoint_activations
-
-
-def test_evaluation_repeats_what_the_training_logged(chain, capsys):
+def test_evaluation_repeats_what_the_training_logged(chain):
     row = run("detect", "--eval", "--init", str(chain.detect), "--output", "again")
     logged = log(chain.detect, "val")[-1]
     assert row == {key: logged[key] for key in row}
     assert row["images"] == 40 and "mask_ap" in row
-    pictures = sorted(path.name for path in Path("again").glob("*.png"))
-    assert pictures == [f"picture-{i}.png" for i in range(8)]
-    message = fails(capsys, "detect", "--eval", "--init", str(chain.pretrain))
-    assert "found a checkpoint of pretrain, expected one of detect" in message
-    make_coco(Path("coco"))
-    message = fails(capsys, "detect", "--eval", "--init", str(chain.detect), "--data", "coco")
-    assert "has 10 classes, --data coco 3" in message
-    message = fails(capsys, "detect", "--init", str(chain.detect))
-    assert "found a checkpoint of detect" in message
 
 
-def test_it_learns(folder):
+def test_it_learns(coco):
     """Two kinds of rectangles, from scratch."""
-    make_coco(Path("coco"), images=10)
     run("detect", "--data", "coco", "--init", "none", "--image-size", "48",
         "--max-size", "64", "--batch-size", "8", "--steps", "60", "--lr", "6e-3",
         "--warmup-steps", "5", "--save-every", "60", "--drop-path", "0", "--patch-size", "8")
     rows = log("runs/demo/detect")
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
     assert log("runs/demo/detect", "val")[-1]["box_ap50"] > 10
-    assert math.isfinite(rows[-1]["grad_norm"])
