@@ -1,12 +1,12 @@
-"""tools/cifar10.py: the command lines, the runs, the tables."""
+"""tools/cifar10.py: the command lines, the runs at --recipe cifar, the tables."""
 import importlib
 import json
 from functools import partial
 from pathlib import Path
 
 import pytest
-from test_cifar import generate
 
+from support.scenes import Synthetic
 from tools import cifar10, codewords, probe
 
 
@@ -43,6 +43,17 @@ def test_each_command_reads_what_one_before_it_wrote(monkeypatch):
         written.add(output)
 
 
+def generate(root):
+    """Drawn scenes in the layout of CIFAR-10's folder: a few of each class."""
+    for split, number in (("train", 40), ("val", 20)):
+        scenes = Synthetic(split, number)
+        for i in range(number):
+            image, label = scenes[i]
+            target = root / split / f"class {label}" / f"{i:04}.jpg"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            image.save(target)
+
+
 def test_a_small_run_and_its_tables(folder, monkeypatch, capsys):
     generate(folder / "tiny")
     monkeypatch.setattr(probe, "linear_probe", partial(probe.linear_probe, steps=20))
@@ -62,8 +73,10 @@ def test_a_small_run_and_its_tables(folder, monkeypatch, capsys):
     assert len(figures) == len(cifar10.ACCURACY) + len(cifar10.CODES) + 1
     assert all(figures)
     for run, fraction in (("finetune", 1.0), ("finetune-10", 0.1), ("finetune-1", 0.01)):
-        log = Path(f"runs/cifar/{run}-pixel-0/log.jsonl").read_text()
-        assert json.loads(log.splitlines()[0])["args"]["label_fraction"] == fraction
+        first, *rows = Path(f"runs/cifar/{run}-pixel-0/log.jsonl").read_text().splitlines()
+        assert json.loads(first)["args"]["label_fraction"] == fraction
+        images = [row["images"] for row in map(json.loads, rows) if row.get("split") == "val"]
+        assert images == [20]
 
 
 def test_tables_are_means_and_errors_over_seeds(folder):
