@@ -13,13 +13,6 @@ def test_exceeds_by_two_standard_errors_of_the_difference():
     assert not demo.exceeds(even, noisy)
 
 
-def test_table_shows_what_was_measured():
-    top1 = {"scratch": [10.0, 12.0, 14.0], "pixel": [20.0] * 3, "peco": [30.0, 31.0, 35.0]}
-    table = demo.table(top1, 1234)
-    assert "1234 unseen images" in table and "10% of" in table
-    assert "| 12.0 | 1.2 | 10.0, 12.0, 14.0 |" in table and "| 32.0 | 1.5 |" in table
-
-
 @pytest.mark.parametrize("arm", ["peco", "pixel"])
 def test_chain_reads_what_it_has_written_and_differs_in_the_codes_alone(arm):
     """λ is the paper's 1 for PeCo and 0 for pixel codes; nothing else of the recipe differs."""
