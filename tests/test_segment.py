@@ -323,12 +323,9 @@ def test_checkpoints_that_do_not_fit_are_refused(chain, ade, capsys):
     assert str(chain.segment) in fails(capsys, "segment", "--init", str(chain.segment))
 
 
-@pytest.mark.parametrize("flags, named", [
-    (["--image-size", "30"], "image size 30"),
-    (["--accumulate", "16"], "--batch-size 16"),            # batch norm of one image
-])
-def test_sizes_that_do_not_fit_are_refused(flags, named, capsys):
-    assert named in fails(capsys, "segment", "--init", "none", *flags)
+def test_batch_norm_of_one_image_is_refused(capsys):
+    flags = ["--init", "none", "--accumulate", "16"]
+    assert "--batch-size 16" in fails(capsys, "segment", *flags)
 
 
 def test_it_learns(ade):
