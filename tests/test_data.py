@@ -32,19 +32,16 @@ def test_synthetic_is_deterministic_by_seed_split_and_index():
     drawn = {i: as_array(again[i]) for i in (4, 0, 3)}      # in another order, of another number
     scenes.drawn.cache_clear()
     assert all(np.array_equal(as_array(first[i]), image) for i, image in drawn.items())
-    for other in (Synthetic("val", 20, 32), Synthetic("train", 20, 32, seed=1)):
-        assert not np.array_equal(as_array(first[3]), as_array(other[3]))
-    assert not np.array_equal(as_array(first[3]), as_array(first[13]))      # the same class
+    others = (Synthetic("val", 20, 32)[3], Synthetic("train", 20, 32, seed=1)[3], first[13])
+    assert not any(np.array_equal(as_array(first[3]), as_array(other)) for other in others)
 
 
 def test_synthetic_classes_number_and_size():
-    for split, name, number in (("train", "synthetic:200", 200), ("train", "synthetic", 10_000),
-                                ("val", "synthetic:2000", 400)):
+    for split, name, number in (("train", "synthetic", 10_000), ("val", "synthetic:2000", 400)):
         dataset = data.load_dataset(name, split, 50)
         assert len(dataset) == len(dataset.targets) == number
-        assert len(set(dataset.classes)) == 10
         assert [dataset[i][1] for i in range(12)] == dataset.targets[:12]
-        assert np.ptp(np.bincount(dataset.targets, minlength=10)) == 0
+        assert np.bincount(dataset.targets).tolist() == [number / 10] * len(dataset.classes)
         assert dataset[0][0].size == (50, 50) and dataset[0][0].mode == "RGB"
 
 
@@ -120,12 +117,12 @@ def test_colour_jitter_is_torchvisions_by_each_images_own_factors():
 
 
 def test_rand_augment_takes_each_op_half_of_the_time():
-    """As timm's; 13 of 14 ops change the image, some of them back."""
-    image = Synthetic(number=1)[0][0]
-    torch.manual_seed(0)
-    first, second = data.finetune(32, erasing=0.0).transforms[2:4]
-    same = torch.tensor([second(first(image)) == image for _ in range(2000)])
-    assert 0.25 <= same.float().mean() < 0.36       # neither: a quarter; identity; without effect
+    """As timm's."""
+    operations = data.finetune(32, magnitude=27).transforms[2:4]
+    assert [operation.p for operation in operations] == [0.5, 0.5]
+    for operation in operations:
+        (augment,) = operation.transforms
+        assert (augment.num_ops, augment.magnitude) == (1, 27)
 
 
 def test_the_crops_and_blurs_of_the_stages_are_the_papers():
@@ -208,7 +205,6 @@ def test_every_epoch_is_another_permutation():
 
 def test_augmentation_changes_with_the_epoch():
     samples = data.Samples(Synthetic(number=1, image_size=16), CROP, 0)
-    assert torch.equal(samples[0, 0][0], samples[0, 0][0])
     assert not torch.equal(samples[0, 0][0], samples[1, 0][0])
 
 
@@ -229,23 +225,15 @@ def test_global_batches_do_not_depend_on_ranks_and_accumulation(world, accumulat
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_sees_every_image_once(world, monkeypatch):
-    dataset = Synthetic("val", 23, 16)
+    dataset = [(torch.zeros(1), index) for index in range(23)]
     monkeypatch.setattr(data, "world_size", lambda: world)
-
-    def pixels(image):
-        return torch.tensor(np.asarray(image))
-
-    def key(image):
-        return tuple(image.flatten()[:50].tolist())
-
     for indices in (None, [2, 3, 5, 7, 11]):
         seen = []
         for rank in range(world):
             monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
-            for images, _ in data.eval_loader(dataset, pixels, 4, 0, indices):
-                seen += [key(image) for image in images]
-        expected = [key(as_array(dataset[i])) for i in indices or range(23)]
-        assert sorted(seen) == sorted(expected)
+            for _, labels in data.eval_loader(dataset, torch.clone, 4, 0, indices):
+                seen += labels.tolist()
+        assert sorted(seen) == (indices or list(range(23)))
 
 
 def test_iterating_does_not_touch_the_global_random_state():
@@ -285,14 +273,14 @@ def refused(*arguments, load=data.load_dataset):
 
 
 def test_wrong_folders_are_refused_by_name(folder):
-    assert "nowhere" in refused("nowhere", "train")
+    assert "--data nowhere: " in refused("nowhere", "train")
     (folder / "flat" / "ant").mkdir(parents=True)           # not in train/
     assert "flat: it has no train/" in refused("flat", "train")
     make_folder(folder / "val", splits=["val"])             # enough for an evaluation
     assert data.load_dataset("val", "val", 16).classes == ["ant", "bee"]
     make_folder(folder / "two", splits=["train"])
     make_folder(folder / "two", ("ant", "cow"), splits=["val"])
-    assert "two" in refused("two", "val")                   # other classes
+    assert "--data two: " in refused("two", "val")                   # other classes
     make_folder(folder / "raw", splits=["train"])
     touch(folder / "raw" / "val" / "ILSVRC2012_val_00000001.JPEG")      # as ImageNet's come
     message = refused("raw", "val")
@@ -324,11 +312,8 @@ def test_any_folder_of_images_is_split(folder):
         val, train = listed(name, "val"), listed(name, "train")
         assert len(val) == 2
         assert len({*val, *train}) == len(val) + len(train) == number
-    assert listed("flat", "val") == ["flat/00.jpg", "flat/20.jpg"]
-    touch(folder / "flat" / "train" / "a" / "1.jpg")        # with train/ nothing beside it counts
-    touch(folder / "flat" / "train" / "2.jpg")
-    assert listed("flat", "val") + listed("flat", "train") == [
-        "flat/train/2.jpg", "flat/train/a/1.jpg"]
+    touch(folder / "flat" / "train" / "1.jpg")              # with train/ nothing beside it counts
+    assert listed("flat", "val") == ["flat/train/1.jpg"]
 
 
 @pytest.mark.parametrize("where", ["train", "some"])
@@ -352,7 +337,7 @@ def test_folders_without_images_are_refused(folder):
     (folder / "empty" / "deep").mkdir(parents=True)
     touch(folder / "one" / "1.jpg")                         # held out
     for name in ("nowhere", "empty", "one"):
-        assert name in refused(name, "train", load=data.load_images)
+        assert f"--data {name}: " in refused(name, "train", load=data.load_images)
 
 
 # ------------------------------------------------------------------------------------------------
