@@ -119,6 +119,12 @@ def test_steps_cut_a_run_short_in_its_warm_up():
 # ------------------------------------------------------------------------------------------------
 # Files and folders of something else
 
+@pytest.mark.parametrize("contents", [{}, dict(model={}), dict(epoch=3)])
+def test_a_file_without_weights_is_not_from_scratch(contents, capsys):
+    torch.save(contents, "empty.pt")
+    assert "--init empty.pt: " in fails(capsys, "finetune", "--init", "empty.pt")
+
+
 @pytest.mark.parametrize("stage, flag, source, name", [
     ("finetune", "--init", "pretrain", "blocks.1.mlp.fc1.bias"),
     ("tokenizer", "--perceptual", "teacher", "blocks.0.norm1.weight")])
