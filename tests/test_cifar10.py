@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from test_data import make_folder
 
-from support.scenes import Synthetic
 from tools import cifar10, codewords, probe
 
 
@@ -43,19 +43,8 @@ def test_each_command_reads_what_one_before_it_wrote(monkeypatch):
         written.add(output)
 
 
-def generate(root):
-    """Drawn scenes in the layout of CIFAR-10's folder: a few of each class."""
-    for split, number in (("train", 40), ("val", 20)):
-        scenes = Synthetic(split, number)
-        for i in range(number):
-            image, label = scenes[i]
-            target = root / split / f"class {label}" / f"{i:04}.jpg"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            image.save(target)
-
-
 def test_a_small_run_and_its_tables(folder, monkeypatch, capsys):
-    generate(folder / "tiny")
+    make_folder(folder / "tiny", [f"class {i}" for i in range(10)], images=4)
     monkeypatch.setattr(probe, "linear_probe", partial(probe.linear_probe, steps=20))
     monkeypatch.setattr(codewords, "linear_probe", probe.linear_probe)
 
@@ -76,7 +65,7 @@ def test_a_small_run_and_its_tables(folder, monkeypatch, capsys):
         first, *rows = Path(f"runs/cifar/{run}-pixel-0/log.jsonl").read_text().splitlines()
         assert json.loads(first)["args"]["label_fraction"] == fraction
         images = [row["images"] for row in map(json.loads, rows) if row.get("split") == "val"]
-        assert images == [20]
+        assert images == [40]
 
 
 def test_tables_are_means_and_errors_over_seeds(folder):
