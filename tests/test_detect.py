@@ -224,9 +224,10 @@ def tiny():
 
 def test_pyramid_and_anchors():
     network = tiny()
-    # the shorter side to 32, the longer to 48 at most, both padded to multiples of 16
-    images = network.transform([torch.zeros(3, 30, 40)])[0].tensors
-    maps = network.backbone(images)
+    wide = network.transform([torch.zeros(3, 16, 60)])[0].tensors
+    assert wide.shape[2:] == (16, 48)                       # its longer side to 48 at most
+    images = network.transform([torch.zeros(3, 30, 36)])[0].tensors
+    maps = network.backbone(images)                         # 32 × 38, padded to multiples of 16
     assert [(name, *x.shape[1:]) for name, x in maps.items()] == [
         ("0", 16, 16, 24), ("1", 16, 8, 12), ("2", 16, 4, 6), ("3", 16, 2, 3), ("pool", 16, 1, 2)]
     assert network.rpn.anchor_generator.sizes == ((16,), (32,), (64,), (128,), (256,))
