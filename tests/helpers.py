@@ -1,0 +1,87 @@
+"""What several test modules need."""
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import COMMON, OWN, STAGES
+
+from support import checkpoint, launch
+
+# ------------------------------------------------------------------------------------------------
+# test_stages.py, test_logbook.py, test_faults.py, test_distributed.py
+
+
+def files(folder="run"):
+    """Names of a run's files that are neither of its log nor its lock."""
+    names = {path.name for path in Path(folder).iterdir()}
+    return sorted(name for name in names if not name.startswith(("log", "lock", "events.")))
+
+
+def rows(folder="run"):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def log(folder, split=None):
+    """Rows of a run's log: of training, or of evaluations on a split."""
+    return [row for row in rows(folder) if "args" not in row and row.get("split") == split]
+
+
+def newest(folder):
+    return checkpoint.load(folder)
+
+
+def weights(state):
+    """Digest of all that is trained."""
+    rest = ("args", "digest", "best")
+    return checkpoint.digest({key: value for key, value in state.items() if key not in rest})
+
+
+def start(stage, *flags):
+    """A stage as its script starts it, in this process."""
+    module = STAGES[stage]
+    launch.start(module.main, module.get_args([*COMMON, *OWN[stage], *flags]))
+
+
+def fails(capsys, stage, *flags, before=0):
+    """Its last line on stderr, the only one but for `before` that say why a file was not loaded."""
+    with pytest.raises(SystemExit) as stop:
+        start(stage, *flags)
+    assert stop.value.code == 2
+    *others, message = capsys.readouterr().err.splitlines()
+    assert message.startswith(f"{stage}.py: ")
+    assert len(others) == before
+    assert all(": not loaded: " in line for line in others)
+    return message
+
+
+@contextlib.contextmanager
+def process_group(*command, **environment):
+    """A process in a group of its own, which is killed at the end. It prints to output.txt."""
+    with open("output.txt", "ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], stdout=output, stderr=output,
+            start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS="1") | environment)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def torchrun(*command, ranks=2, launcher=()):
+    """A process_group of torchrun."""
+    # torchrun keeps one store through all restarts, and gloo may find there the address of a
+    # process that has died (torch 2.14). With this each restart has a store of its own.
+    own_store = dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    return process_group("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks,
+                         *launcher, *command, **own_store)
+
+
+def printed():
+    return Path("output.txt").read_text()
