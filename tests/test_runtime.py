@@ -3,7 +3,6 @@ import math
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from argparse import Namespace
 
@@ -34,14 +33,12 @@ def test_flags_win_over_the_recipe():
     assert parse().recipe == "paper"
     assert parse().epochs == 2
     assert parse("--recipe", "demo").epochs == 1
-    assert parse("--recipe", "demo", "--epochs", "7").epochs == 7
-    assert parse("--epochs", "7").image_size == 32
+    args = parse("--recipe", "demo", "--epochs", "7")
+    assert (args.epochs, args.image_size) == (7, 16)
 
 
 def test_the_output_is_named_after_recipe_and_stage():
-    assert parse().output == "runs/paper/teacher"
     assert parse("--recipe", "demo").output == "runs/demo/teacher"
-    assert parse("--output", "here").output == "here"
     assert parse("--output", "my/RECIPE").output == "my/RECIPE"     # a path is taken as it is
 
 
@@ -58,38 +55,35 @@ def test_auto_is_fp32_on_a_cpu_whatever_it_has():
     assert launch.precision(args, cpu) == "bf16"
 
 
-def test_epochs_or_steps(capsys):
-    args = parse("--recipe", "steps")
-    assert (args.epochs, args.steps) == (None, 9)
-    args = parse("--recipe", "steps", "--epochs", "3")
-    assert (args.epochs, args.steps) == (3, None)
-    args = parse("--recipe", "steps", "--steps", "3")
-    assert (args.epochs, args.steps) == (None, 3)
+def test_epochs_or_steps():
+    def length(*argv):
+        args = parse("--recipe", "steps", *argv)
+        return args.epochs, args.steps
+
+    assert length() == (None, 9)
+    assert length("--epochs", "3") == (3, None)
+    assert length("--steps", "3") == (None, 3)
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--epochs", "3", "--steps", "9"], "--epochs and --steps"),
+    (["--recipe", "imaginary"], "imaginary"),
+])
+def test_flags_that_make_no_sense_are_refused(argv, named, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse("--epochs", "3", "--steps", "9")
+        parse(*argv)
     assert stop.value.code == 2
-    assert "--epochs and --steps: one of them" in capsys.readouterr().err
+    assert named in capsys.readouterr().err
 
 
-def test_an_unknown_recipe_is_refused(capsys):
+@pytest.mark.parametrize("recipe, batch", [("paper", 64), ("demo", 8)])
+def test_help_shows_the_defaults_of_the_recipe(recipe, batch, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse("--recipe", "imaginary")
-    message = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert "imaginary" in message
-    assert "paper, demo" in message
-
-
-def test_help_shows_the_defaults_of_the_recipe(capsys):
-    for recipe, default in (("paper", "(default: 64)"), ("demo", "(default: 8)")):
-        with pytest.raises(SystemExit) as stop:
-            parse("--recipe", recipe, "--help")
-        text = " ".join(capsys.readouterr().out.split())
-        assert stop.value.code == 0
-        assert f"images of a step, over all ranks and micro-batches {default}" in text
-        assert f"(default: runs/{recipe}/teacher)" in text
-        assert "A stage." in text
-        assert "More." not in text
+        parse("--recipe", recipe, "--help")
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"images of a step, over all ranks and micro-batches (default: {batch})" in text
+    assert f"(default: runs/{recipe}/teacher)" in text
 
 
 def test_a_download_is_made_once_on_a_machine(monkeypatch):
@@ -103,13 +97,11 @@ def test_a_download_is_made_once_on_a_machine(monkeypatch):
     assert done == ["rank 0 loads", "barrier", "barrier", "rank 1 loads"]
 
 
-def test_batches_that_do_not_divide_are_refused(monkeypatch):
-    assert launch.micro_batch(Namespace(batch_size=12, accumulate=3)) == 4
-    with pytest.raises(InputError, match="--batch-size 10 .* 1 ranks × 3 .*: try 9"):
-        launch.micro_batch(Namespace(batch_size=10, accumulate=3))
-    monkeypatch.setattr(launch, "world_size", lambda: 4)
-    assert launch.micro_batch(Namespace(batch_size=24, accumulate=3)) == 2
-    with pytest.raises(InputError, match="--batch-size 10 .* 4 ranks × 3 .*: try 12"):
+@pytest.mark.parametrize("ranks, fits, size, advice", [(1, 12, 4, 9), (4, 24, 2, 12)])
+def test_batches_that_do_not_divide_are_refused(ranks, fits, size, advice, monkeypatch):
+    monkeypatch.setattr(launch, "world_size", lambda: ranks)
+    assert launch.micro_batch(Namespace(batch_size=fits, accumulate=3)) == size
+    with pytest.raises(InputError, match=f"--batch-size 10 .*: try {advice}"):
         launch.micro_batch(Namespace(batch_size=10, accumulate=3))
 
 
@@ -118,36 +110,26 @@ def test_number_of_steps():
     assert launch.total_steps(args, 29) == (2, 6)          # the epoch's last 9 are left out
     args.steps = 5
     assert launch.total_steps(args, 29) == (2, 5)
-    with pytest.raises(InputError, match="--batch-size 10 .* 9 training images"):
+    with pytest.raises(InputError, match="--batch-size 10"):
         launch.total_steps(args, 9)
 
 
 # ------------------------------------------------------------------------------------------------
 # Starting and ending
 
-def start(error=None, **changes):
-    """Launch a stage that raises an error; whether its main() was called."""
-    called = []
-
+def start(error, **changes):
+    """Launch a stage that raises an error."""
     def main(args):
-        called.append(args)
-        if error:
-            raise error
+        raise error
 
-    args = Namespace(**(dict(stage="teacher", batch_size=8, accumulate=1) | changes))
-    try:
-        launch.start(main, args)
-    finally:
-        launch.called = bool(called)
-
-
-def test_a_stage_is_launched():
-    start()
-    assert launch.called
+    launch.start(main, Namespace(**(dict(stage="teacher", batch_size=8, accumulate=1) | changes)))
 
 
 @pytest.mark.parametrize("error, status", [
     (InputError("--patch-size: 5 is odd"), 2),
+    # out of a loader's worker
+    (InputError("Caught InputError in DataLoader worker process 0.\nTraceback …\n"
+                "launch.InputError: --patch-size: 5 is odd\n"), 2),
     (FloatingPointError("--patch-size: 5 is odd"), 3),
 ])
 def test_what_a_user_can_mend_ends_with_one_line_and_a_status(error, status, capsys):
@@ -166,23 +148,15 @@ def test_ctrl_c_before_the_first_step_ends_with_one_line(capsys):
 
 def test_a_batch_that_does_not_divide_is_refused_before_anything_is_loaded(capsys):
     with pytest.raises(SystemExit) as stop:
-        start(accumulate=3)
+        start(AssertionError("it was called"), accumulate=3)
     assert stop.value.code == 2
-    assert not launch.called
-    assert "--batch-size 8 does not divide" in capsys.readouterr().err
+    assert "--batch-size 8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("a bug"), ValueError("a bug")])
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug")])
 def test_other_errors_keep_their_traceback(error):
     with pytest.raises(type(error), match="a bug"):
         start(error)
-
-
-def test_an_input_error_out_of_a_worker_is_its_message_alone(capsys):
-    with pytest.raises(SystemExit):
-        start(InputError("Caught InputError in DataLoader worker process 0.\nTraceback …\n"
-                         "launch.InputError: a.jpg: not a readable image\n"))
-    assert capsys.readouterr().err == "teacher.py: a.jpg: not a readable image\n"
 
 
 @pytest.fixture
@@ -194,7 +168,7 @@ def handlers():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("error", [None, KeyError("a bug"), SystemExit(143)])
+@pytest.mark.parametrize("error", [None, KeyError("a bug")])
 def test_whatever_ends_a_stage_nothing_of_it_is_left(error, handlers):
     """As when its main() is called in a notebook."""
     @launch.cleans_up
@@ -209,36 +183,47 @@ def test_whatever_ends_a_stage_nothing_of_it_is_left(error, handlers):
             raise error
         return "row"
 
-    args = Namespace()
     if error:
         with pytest.raises(type(error)):
-            main(args)
+            main(Namespace())
     else:
-        assert main(args) == "row"
+        assert main(Namespace()) == "row"
     assert multiprocessing.active_children() == []
     assert {number: signal.getsignal(number) for number in launch.SIGNALS} == handlers
 
 
 def test_a_stage_in_a_thread_catches_no_signals(handlers):
     caught = []
-    thread = threading.Thread(
-        target=launch.cleans_up(lambda args: caught.append(launch.catch_signals())),
-        args=[Namespace()])
+    main = launch.cleans_up(lambda args: caught.append(launch.catch_signals()))
+    thread = threading.Thread(target=main, args=[Namespace()])
     thread.start()
     thread.join()
     assert caught == [[]]
     assert {number: signal.getsignal(number) for number in launch.SIGNALS} == handlers
 
 
-def test_a_signal_is_remembered(capfd, handlers):
+def test_a_signal_is_remembered_and_a_second_ctrl_c_ends_at_once(handlers):
     caught = launch.catch_signals()
-    assert caught == []
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(os.getpid(), number)
     assert caught == [signal.SIGTERM, signal.SIGINT]
-    assert capfd.readouterr().err.count("a checkpoint is written after this step") == 2
     with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)                 # the second one ends at once
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_nohup_keeps_a_run_from_the_terminals_end_and_nothing_else(handlers):
+    for number in launch.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    launch.catch_signals()
+    ignored = {n for n in launch.SIGNALS if signal.getsignal(n) == signal.SIG_IGN}
+    assert ignored == {signal.SIGHUP}
+
+
+def test_a_tool_that_does_not_share_its_work_refuses_torchrun(monkeypatch):
+    launch.one_process("attack")
+    monkeypatch.setattr(launch, "world_size", lambda: 2)
+    with pytest.raises(InputError, match="tools.attack"):
+        launch.one_process("attack")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -252,61 +237,18 @@ def test_cosine_schedule():
     assert rates[35] == pytest.approx(3 * (2 + math.sqrt(2)) / 4)
     assert rates[110] == pytest.approx(0, abs=1e-12)
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert len(set(rates[10:])) == 101                      # strictly falling
     assert launch.cosine(60, 110, 10, 3.0, final=1.0) == pytest.approx(2.0)
     assert launch.cosine(110, 110, 10, 3.0, final=1.0) == pytest.approx(1.0)
     assert launch.cosine(0, 10, 0, 2.0) == 2.0             # no warm-up
     assert launch.cosine(5, 5, 5, 2.0) == 2.0              # only warm-up: no division by zero
-
-
-def test_fractional_warm_up_stays_at_or_under_the_peak():
+    # a fraction of a step: at or under the peak
     assert all(0 < launch.cosine(step, 20, 2.5, 1.0) <= 1.0 for step in range(20))
 
 
 def test_seeds_are_distinct():
-    numbers = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (1, 11), (11, 1), (111,), (0, 10),
-               (10, 0)]
+    numbers = [(0,), (1,), (0, 1), (1, 0), (1, 11), (11, 1), (111,), (0, 10), (10, 0)]
     numbers += [(0, 0, i) for i in range(1000)]
     seeds = [launch.derive_seed(*one) for one in numbers]
-    assert len(set(seeds)) == len(seeds) - 1                # (0, 0, 0) stands twice
+    assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2 ** 63 for seed in seeds)
     assert launch.derive_seed(1, 2) == launch.derive_seed(1, 2)
-
-
-@pytest.mark.parametrize("flag", ["--accumulate", "--batch-size", "--save-every", "--log-every",
-                                  "--epochs", "--steps"])
-@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many"])
-def test_counts_are_whole_numbers_from_1_on(flag, value, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(flag, value)
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and flag in message and value in message
-
-
-def test_a_tool_that_does_not_share_its_work_refuses_torchrun(monkeypatch):
-    launch.one_process("attack")
-    monkeypatch.setattr(launch, "world_size", lambda: 2)
-    with pytest.raises(InputError, match="one process: python -m tools.attack"):
-        launch.one_process("attack")
-
-
-def test_what_is_printed_never_ends_a_run(monkeypatch):
-    class Closed:
-        def write(self, text):
-            raise BrokenPipeError
-
-        def flush(self):
-            raise BrokenPipeError
-
-    for name, tell in (("stdout", launch.say), ("stderr", launch.warn)):
-        monkeypatch.setattr(sys, name, Closed())
-        tell("to nobody")
-        tell("again")
-
-
-def test_nohup_keeps_a_run_from_the_terminals_end_and_nothing_else(handlers):
-    for number in launch.SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    launch.catch_signals()
-    ignored = {n for n in launch.SIGNALS if signal.getsignal(n) == signal.SIG_IGN}
-    assert ignored == {signal.SIGHUP}
