@@ -41,16 +41,11 @@ def weights(state):
     return checkpoint.digest({key: value for key, value in state.items() if key not in rest})
 
 
-def start(stage, *flags):
-    """A stage as its script starts it, in this process."""
-    module = STAGES[stage]
-    launch.start(module.main, module.get_args([*COMMON, *OWN[stage], *flags]))
-
-
 def fails(capsys, stage, *flags, before=0):
     """Its last line on stderr, the only one but for `before` that say why a file was not loaded."""
+    module = STAGES[stage]
     with pytest.raises(SystemExit) as stop:
-        start(stage, *flags)
+        launch.start(module.main, module.get_args([*COMMON, *OWN[stage], *flags]))
     assert stop.value.code == 2
     *others, message = capsys.readouterr().err.splitlines()
     assert message.startswith(f"{stage}.py: ")
