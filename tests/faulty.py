@@ -14,6 +14,7 @@ A fault is NAME or NAME=VALUE:
     timeout=SECONDS for a rank that hangs
 """
 import atexit
+import functools
 import json
 import math
 import os
@@ -48,11 +49,7 @@ def before_check(action):
 
 
 def record(folder):
-    """Two kinds of rows in FOLDER/rank-R.jsonl, as test_faults.record reads them.
-
-    {"batch": step, "samples": a digest of each} and {"step": step, "digest": of weights and
-    optimizer}.
-    """
+    """Two kinds of rows in FOLDER/rank-R.jsonl, which test_faults.record reads."""
     Path(folder).mkdir(exist_ok=True)
     number = None                                    # at the process's end there is no group to ask
     begin = Run.__init__
@@ -111,10 +108,10 @@ def double():
     data.to_device = moved
 
 
-def strike(step, number):
+def strike(number, step):
     """The last rank sends itself a signal in a step, once."""
     def act(run):
-        if run.step == step and last_rank() and not Path("struck").exists():
+        if run.step == int(step) and last_rank() and not Path("struck").exists():
             Path("struck").touch()
             os.kill(os.getpid(), number)
     before_check(act)
@@ -162,32 +159,26 @@ def touch(where):
     setattr(owner, attribute, wrapped)
 
 
-def inject(fault):
-    name, _, value = fault.partition("=")
-    if name == "record":
-        record(value)
-    elif name == "double":
-        double()
-    elif name == "kill":
-        strike(int(value), signal.SIGKILL)
-    elif name == "stop":
-        strike(int(value), signal.SIGSTOP)
-    elif fault == "nan=loss":
-        nan_in_loss()
-    elif fault == "nan=grad":
-        nan_in_gradient()
-    elif name == "touch":
-        touch(value)
-    elif name == "timeout":
-        launch.TIMEOUT = timedelta(seconds=float(value))
-    else:
-        raise ValueError(fault)
+def hang_shorter(seconds):
+    launch.TIMEOUT = timedelta(seconds=float(seconds))
+
+
+FAULTS = {
+    "record": record,
+    "double": lambda _: double(),
+    "kill": functools.partial(strike, signal.SIGKILL),
+    "stop": functools.partial(strike, signal.SIGSTOP),
+    "nan": lambda where: nan_in_loss() if where == "loss" else nan_in_gradient(),
+    "touch": touch,
+    "timeout": hang_shorter,
+}
 
 
 def main(stage, faults, flags):
     from conftest import COMMON, OWN, STAGES
     for fault in faults:
-        inject(fault)
+        name, _, value = fault.partition("=")
+        FAULTS[name](value)
     args = STAGES[stage].get_args([*COMMON, *OWN[stage], *flags])
     launch.start(STAGES[stage].main, args)
 

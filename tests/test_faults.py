@@ -526,8 +526,6 @@ def image_of_kind(kind):
     ramp = np.linspace(0, 255, 64 * 64).reshape(64, 64)     # from black at the top to white
     if kind == "1×1":
         return Image.new("RGB", (1, 1), (99, 0, 0))
-    if kind == "huge":
-        return Image.new("RGB", (10_000, 9_000), (9, 200, 9))
     if kind == "I;16":
         return Image.fromarray((ramp * 257).astype(np.uint16))
     if kind == "CMYK":
@@ -535,9 +533,9 @@ def image_of_kind(kind):
     return Image.fromarray(ramp.astype(np.uint8)).convert(kind)
 
 
-@pytest.mark.parametrize("kind", ["CMYK", "L", "P", "LA", "RGBA", "I;16", "1×1", "huge"])
+@pytest.mark.parametrize("kind", ["CMYK", "L", "P", "LA", "RGBA", "I;16", "1×1"])
 def test_images_of_all_kinds(kind, folder):
-    suffix = "jpg" if kind in ("CMYK", "huge") else "png"
+    suffix = "jpg" if kind == "CMYK" else "png"
     path = folder / "set" / "train" / "thing" / f"image.{suffix}"
     path.parent.mkdir(parents=True)
     image_of_kind(kind).save(path)
@@ -551,7 +549,7 @@ def test_images_of_all_kinds(kind, folder):
     assert torch.equal(evaluated(opened), pixels)
     assert pixels.min() >= -1
     assert pixels.max() <= 1
-    if kind not in ("1×1", "huge"):                         # a ramp it still is
+    if kind != "1×1":                                       # a ramp it still is
         assert pixels[:, :2].mean() < -0.8
         assert pixels[:, -2:].mean() > 0.8
 
