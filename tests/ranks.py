@@ -105,17 +105,6 @@ def moco():
     return dict(values=values / launch.world_size(), **gradients)
 
 
-def evaluation():
-    """23 images over the ranks: top-1 and top-5 of a random network, and how many were counted."""
-    args = Namespace(image_size=16, eval_crop=1.0, batch_size=8, accumulate=1, workers=0,
-                     amp="fp32")
-    torch.manual_seed(0)
-    network = VisionTransformer(16, 4, dim=16, depth=1, heads=2, positions="block", classes=10)
-    torch.nn.init.normal_(network.head.weight, generator=seeded(1))
-    dataset = Synthetic("val", 23, 16)
-    return finetune.evaluate(args, network, dataset, CPU)
-
-
 class Oracle(torch.nn.Module):
     """Detects what is there."""
 
@@ -137,22 +126,25 @@ class Oracle(torch.nn.Module):
         return detections
 
 
-def dense(folder):
-    """7 images over the ranks: the scores of a random segmenter, the AP of a perfect detector."""
-    args = Namespace(image_size=16, batch_size=4, accumulate=1, workers=0, amp="fp32",
-                     output=str(folder))
+def evaluations(folder):
+    """Of a random classifier on 23 images, of a random segmenter and a perfect detector on 7."""
+    args = Namespace(image_size=16, eval_crop=1.0, batch_size=4, accumulate=1, workers=0,
+                     amp="fp32", output=str(folder))
     torch.manual_seed(0)
+    vit = VisionTransformer(16, 4, dim=16, depth=1, heads=2, positions="block", classes=10)
+    torch.nn.init.normal_(vit.head.weight, generator=seeded(1))
+    found = dict(labels=finetune.evaluate(args, vit, Synthetic("val", 23, 16), CPU))
     vit = VisionTransformer(16, 4, dim=16, depth=1, heads=2, positions="block")
-    scenes = Scenes("val", 7, 16, target="masks")
     segmenter = segment.Segmenter(vit, 11)
     if launch.rank() > 0:                                   # the first one's count
         segmenter.head.fuse[1].running_mean += 1
         segmenter.backbone.up4[1].running_mean += 1
-    masks = segment.evaluate(args, segmenter, scenes, CPU)
-    if detect.COCO is None:
-        return dict(masks=masks)
-    scenes = Scenes("val", 7, 16, target="instances")
-    return dict(masks=masks, boxes=detect.evaluate(args, Oracle(scenes), scenes, CPU))
+    scenes = Scenes("val", 7, 16, target="masks")
+    found["masks"] = segment.evaluate(args, segmenter, scenes, CPU)
+    if detect.COCO is not None:
+        scenes = Scenes("val", 7, 16, target="instances")
+        found["boxes"] = detect.evaluate(args, Oracle(scenes), scenes, CPU)
+    return found
 
 
 def trouble(folder):
@@ -182,20 +174,6 @@ def trouble(folder):
     return found
 
 
-def accumulation(folder):
-    """Gradients of three micro-batches: after each of them, of one parameter."""
-    torch.manual_seed(0)
-    module = torch.nn.Linear(3, 1).double()
-    run = new_run(module, folder)
-    network = launch.ddp(module)
-    history = []
-    batch = torch.randn(12, 3, generator=seeded(3)).double()
-    for rows in run.accumulate(batch.chunk(3), network):
-        (network(share(rows)).square().mean() / 3).backward()
-        history.append(module.weight.grad.clone())
-    return torch.stack(history)
-
-
 def storage_that_is_not_shared(folder):
     """A checkpoint that rank 0 alone finds: what each rank says, or where it goes on."""
     module = torch.nn.Linear(1, 1)
@@ -208,10 +186,9 @@ def storage_that_is_not_shared(folder):
 
 def checks(folder):
     """All of them, by name. folder: this rank's own; each run has one in it."""
-    found = dict(quantizer=quantizer(), batch_norm=batch_norm(), moco=moco(),
-                 evaluation=evaluation())
-    (folder / "dense").mkdir(parents=True)
-    for one in (dense, trouble, accumulation, storage_that_is_not_shared):
+    found = dict(quantizer=quantizer(), batch_norm=batch_norm(), moco=moco())
+    for one in (evaluations, trouble, storage_that_is_not_shared):
+        (folder / one.__name__).mkdir(parents=True)
         found[one.__name__] = one(folder / one.__name__)
     return found
 

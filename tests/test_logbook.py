@@ -275,22 +275,6 @@ def test_a_copy_of_a_checkpoint_is_neither_read_nor_removed():
 # ------------------------------------------------------------------------------------------------
 # The log
 
-def test_a_run_says_what_begins(capsys):
-    def said():
-        stage = Stage(steps=12)
-        stage.begin()
-        return stage, capsys.readouterr().out
-
-    stage, text = said()
-    assert "run: new run; 12 steps of 4 images" in text
-    stage.train(10)
-    stage, text = said()
-    assert "from step 10" in text
-    stage.train(12)
-    stage, text = said()
-    assert "finished already" in text
-
-
 def test_the_log_is_a_json_line_each():
     run = new_run()
     run.log_evaluation(3, split="val", loss=0.12347)
