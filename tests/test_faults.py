@@ -72,9 +72,9 @@ def forked(function, *arguments):
             os.waitpid(pid, 0)
 
 
-def wait_for(condition, *arguments, seconds=120):
+def wait_for(condition, seconds=120):
     deadline = time.time() + seconds                        # else a failure would hang
-    while not condition(*arguments):
+    while not condition():
         assert time.time() < deadline, printed()[-2000:]
         time.sleep(0.002)
 
@@ -120,10 +120,6 @@ def record(folder, rank=0):
 MORE_TO_KEEP = {"tokenizer": ["--adversarial-weight", "0.1"]}
 
 
-def has_done(folder, steps):
-    return steps_done(folder) >= steps
-
-
 def steps_done(folder):
     path = Path(folder) / "rank-0.jsonl"
     return path.read_text().count('"digest"') if path.exists() else 0
@@ -147,7 +143,7 @@ def kill_and_go_on(stage, chain, kills, workers):
         arguments = (stage, ["record=killed.rec"], [*flags, "--output", "killed"])
         with forked(faulty.main, *arguments) as pid:
             target = steps_done("killed.rec") + rng.randrange(7)
-            wait_for(has_done, "killed.rec", target)
+            wait_for(lambda target=target: steps_done("killed.rec") >= target)
             time.sleep(rng.uniform(0, 2 * seconds))
             os.killpg(pid, signal.SIGKILL)
             assert wait(pid) == -signal.SIGKILL             # it was alive
@@ -336,15 +332,10 @@ def two_ranks(stage, faults, *flags, **keywords):
     return torchrun(script, stage, *faults, "--", *flags, **keywords)
 
 
-def finish(stage, faults, *flags, **keywords):
-    """The same to its end: its status and output."""
-    with two_ranks(stage, faults, *flags, **keywords) as process:
-        return process.wait(240), printed()
-
-
-def finish_well(*arguments, **keywords):
-    status, output = finish(*arguments, **keywords)
-    assert status == 0, output
+def finish(*arguments, **keywords):
+    """The same to its end."""
+    with two_ranks(*arguments, **keywords) as process:
+        assert process.wait(240) == 0, printed()
 
 
 def last_file():
@@ -364,8 +355,8 @@ def test_sigterm_to_two_ranks_with_workers(where, chain):
         assert process.wait(30) != 0                        # before torchrun kills
     # else the step after the evaluation, or the save, which are at the 4th
     assert newest("run")["step"] == (1 if where == "step" else 5)
-    finish_well("finetune", [], *flags, "--output", "run")
-    finish_well("finetune", [], *flags, "--output", "whole")
+    finish("finetune", [], *flags, "--output", "run")
+    finish("finetune", [], *flags, "--output", "whole")
     one, whole = newest("run"), newest("whole")
     assert one["step"] == 6
     assert weights(one) == weights(whole)
@@ -380,10 +371,10 @@ def test_a_killed_rank_ends_the_job_and_a_restart_finishes_it(chain):
         assert process.wait(10) != 0
     assert newest("run")["step"] == 4
     Path("struck").unlink()
-    finish_well("pretrain", ["kill=5"], *flags, "--output", "again",
-                launcher=["--max-restarts", "1"])
+    finish("pretrain", ["kill=5"], *flags, "--output", "again",
+           launcher=["--max-restarts", "1"])
     assert Path("struck").exists()
-    finish_well("pretrain", [], *flags, "--output", "whole")
+    finish("pretrain", [], *flags, "--output", "whole")
     assert weights(newest("again")) == weights(newest("whole"))
 
 
@@ -422,7 +413,7 @@ def seen(name, weight, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_are_alike_and_as_one_in_float64(stage, chain):
     flags = [*chain.inputs[stage], *SAME.get(stage, [])]
-    finish_well(stage, ["double", "record=two.rec"], *flags, "--output", "two")
+    finish(stage, ["double", "record=two.rec"], *flags, "--output", "two")
     finish_forked(stage, ["double", "record=one.rec"], [*flags, "--output", "one"])
     (batches, first), (more, second) = [record("two.rec", rank) for rank in (0, 1)]
     assert {step: batches[step] + more[step] for step in batches} == record("one.rec")[0]
