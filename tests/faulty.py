@@ -8,7 +8,6 @@ A fault is NAME or NAME=VALUE:
     double          computes in float64
     kill=STEP       the last rank kills itself in that step, once
     stop=STEP       the last rank stops itself (SIGSTOP) in that step
-    nan=loss|grad   the last rank's loss or one of its gradients is NaN in step 2
     touch=WHERE     creates the file TOUCHED in the first step, in the evaluation or in a save, and
                     waits a little there
     timeout=SECONDS for a rank that hangs
@@ -16,7 +15,6 @@ A fault is NAME or NAME=VALUE:
 import atexit
 import functools
 import json
-import math
 import os
 import signal
 import sys
@@ -95,7 +93,7 @@ def digests(inputs, labels):
     return [digest([tensor[i] for tensor in tensors]) for i in range(len(labels))]
 
 
-def double():
+def double(_):
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double                # the losses are taken in fp32 otherwise
     to_device = data.to_device
@@ -115,26 +113,6 @@ def strike(number, step):
             Path("struck").touch()
             os.kill(os.getpid(), number)
     before_check(act)
-
-
-def nan_in_loss():
-    def poison(run):
-        if run.step == 2 and last_rank():
-            run.terms["loss"] = [torch.tensor(math.nan)]
-    before_check(poison)
-
-
-def nan_in_gradient():
-    begin = Run.__init__
-
-    def poisoned(self, args, optimizer, model_args, modules, identity):
-        begin(self, args, optimizer, model_args, modules, identity)
-
-        def poison(gradient):
-            return gradient * math.nan if self.step == 2 and last_rank() else gradient
-        parameters = [p for p in modules["model"].parameters() if p.requires_grad]
-        parameters[-1].register_hook(poison)
-    Run.__init__ = poisoned
 
 
 def touch(where):
@@ -165,10 +143,9 @@ def hang_shorter(seconds):
 
 FAULTS = {
     "record": record,
-    "double": lambda _: double(),
+    "double": double,
     "kill": functools.partial(strike, signal.SIGKILL),
     "stop": functools.partial(strike, signal.SIGSTOP),
-    "nan": lambda where: nan_in_loss() if where == "loss" else nan_in_gradient(),
     "touch": touch,
     "timeout": hang_shorter,
 }
