@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import COMMON, OWN, STAGES
+from torch import nn
+from torchvision.models import resnet, vgg
 
+from model import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer
 from support import checkpoint, launch
 
 # ------------------------------------------------------------------------------------------------
@@ -80,3 +84,61 @@ def torchrun(*command, ranks=2, launcher=()):
 
 def printed():
     return Path("output.txt").read_text()
+
+
+# ------------------------------------------------------------------------------------------------
+# test_vit.py, test_equations.py, test_paper.py, test_weights.py, test_foreign.py
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randomize(module, seed=0):
+    """Every parameter away from its initial zeros and ones, so that each one matters."""
+    generator = seeded(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def tiny_vit(**changes):
+    arguments = dict(image_size=16, patch_size=4, dim=32, depth=2, heads=2)
+    return randomize(VisionTransformer(**arguments | changes)).eval()
+
+
+def pixels(*shape, seed=0):
+    return torch.rand(*shape, generator=seeded(seed)) * 2 - 1
+
+
+def statistics():
+    """ImageNet's mean and standard deviation, (3, 1, 1) each."""
+    return [torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)]
+
+
+def as_moco_v3(network, head="head"):
+    """What MoCo v3's files hold: a network, its momentum copy, projectors in place of its head."""
+    state = {f"module.base_encoder.{head}.0.weight": torch.ones(8, 32),
+             "module.predictor.0.weight": torch.ones(4, 4)}
+    for key, value in network.state_dict().items():
+        if not key.startswith(f"{head}."):
+            state[f"module.base_encoder.{key}"] = value
+            state[f"module.momentum_encoder.{key}"] = value + 1
+    return dict(epoch=300, arch="vit_base", state_dict=state, optimizer={}, scaler={})
+
+
+class TinyVGG(nn.Module):
+    """VGG-16's layers, eight channels wide: a state dict of its names."""
+
+    def __init__(self):
+        super().__init__()
+        widths = [8 if width != "M" else "M" for width in vgg.cfgs["D"]]
+        self.features = vgg.make_layers(widths)
+
+    def forward(self, images):
+        return self.features(images)
+
+
+def tiny_resnet50():
+    """One block a stage: the names of ResNet-50's weights, and its widths."""
+    return resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1])

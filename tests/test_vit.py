@@ -1,19 +1,17 @@
 """The ViT: masks, positions, features, the optimizer's groups, and timm's networks beside it."""
 import math
 import random
-import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import pixels, randomize, seeded, statistics, tiny_vit
 
 import model
 from model import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    Grid,
-    RelativePositionBias,
     VisionTransformer,
     ViTPyramid,
     block_mask,
@@ -26,34 +24,6 @@ from model import (
     sincos_positions,
 )
 from support.weights import load_backbone
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randomize(module, seed=0):
-    """Every parameter away from its initial zeros and ones, so that each one matters."""
-    generator = seeded(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return module
-
-
-def tiny_vit(**changes):
-    arguments = dict(image_size=16, patch_size=4, dim=32, depth=2, heads=2)
-    return randomize(VisionTransformer(**{**arguments, **changes})).eval()
-
-
-def pixels(*shape, seed=0):
-    return torch.rand(*shape, generator=seeded(seed)) * 2 - 1
-
-
-def statistics():
-    """ImageNet's mean and standard deviation, (3, 1, 1) each."""
-    return [torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)]
-
 
 # ------------------------------------------------------------------------------------------------
 # Block-wise masking
@@ -87,24 +57,14 @@ def reference_mask(grid, count, min_block=16):
 
 
 @pytest.mark.parametrize("grid, count, min_block", [
-    (14, 75, 16), (16, 102, 16), (8, 25, 4), (8, 26, 4), (4, 6, 4), (14, 10, 16), (8, 64, 4),
-    (8, 0, 4), (3, 4, 16)])
+    (14, 75, 16), (16, 102, 16), (8, 25, 4), (14, 10, 16), (8, 64, 4), (8, 0, 4), (3, 4, 16)])
 def test_every_mask_has_the_same_count(grid, count, min_block):
     random.seed(0)
-    for _ in range(200):
+    for _ in range(100):
         mask = block_mask(grid, count, min_block)
         assert mask.shape == (grid, grid)
         assert mask.dtype == torch.bool
         assert int(mask.sum()) == count
-
-
-def test_masks_are_deterministic_by_seed():
-    masks = []
-    for seed in (1, 1, 2):
-        random.seed(seed)
-        masks.append(block_mask(14, 75))
-    assert torch.equal(masks[0], masks[1])
-    assert not torch.equal(masks[0], masks[2])
 
 
 def frequency(masks):
@@ -130,9 +90,6 @@ def test_masks_against_the_reference_generator():
     difference = frequency(ours) - frequency(reference)
     assert np.abs(difference).max() < 0.03
     assert abs(difference.mean() - 0.5 / 196) < 0.001       # the half patch that is filled up
-    centre = frequency(ours)[7, 7]
-    corner = frequency(ours)[0, 0]
-    assert centre > corner + 0.2                            # as blocks have it
 
 
 def test_masks_begin_as_the_reference_generators():
@@ -146,47 +103,6 @@ def test_masks_begin_as_the_reference_generators():
         assert all(mask[patch] for patch in expected)
         complete += len(expected) == 75
     assert 180 < complete < 240                             # no more than a third are filled up
-
-
-def test_masked_patches_have_masked_neighbours():
-    random.seed(0)
-    alone = 0
-    for _ in range(200):
-        m = F.pad(block_mask(14, 75).float(), (1, 1, 1, 1))
-        neighbours = m[:-2, 1:-1] + m[2:, 1:-1] + m[1:-1, :-2] + m[1:-1, 2:]
-        alone += int(((m[1:-1, 1:-1] == 1) & (neighbours == 0)).sum())
-    assert alone / (200 * 75) < 1e-3
-
-
-def legal_blocks(smallest, largest):
-    """Shapes of blocks of so many patches, the largest first."""
-    shapes = set()
-    for s in np.linspace(smallest, largest, 41):
-        for r in np.geomspace(0.3, 1 / 0.3, 201):
-            shape = (round(math.sqrt(s * r)), round(math.sqrt(s / r)))
-            if math.prod(shape) <= largest:
-                shapes.add(shape)
-    return sorted(shapes, key=math.prod, reverse=True)
-
-
-def contains_block(mask, shape):
-    return np.lib.stride_tricks.sliding_window_view(mask, shape).all((2, 3)).any()
-
-
-def test_blocks_are_rectangles_of_legal_size_and_aspect():
-    """Of 20 patches the first block takes 16 or more (to whole patches): it is there in one piece.
-    """
-    legal = legal_blocks(16, 20)
-    random.seed(0)
-    seen = set()
-    for _ in range(200):
-        mask = block_mask(14, 20, 16).numpy()
-        whole = [shape for shape in legal if contains_block(mask, shape)]
-        assert whole
-        seen.add(whole[0])
-    assert {(4, 4), (4, 5), (5, 4)} <= seen
-    assert any(h > 2 * w for h, w in seen)
-    assert any(w > 2 * h for h, w in seen)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -207,19 +123,6 @@ def test_relative_position_index_against_a_double_loop():
     assert index[0, 0] == side ** 2 + 2
 
 
-def test_relative_position_bias_looks_up_the_table():
-    bias = RelativePositionBias(3, 2)
-    torch.nn.init.normal_(bias.relative_position_bias_table, generator=seeded())
-    index = relative_position_index(3, 3)
-    out = bias(Grid(3, 3, index))
-    assert out.shape == (1, 2, 10, 10)
-    for head in range(2):
-        for i in range(10):
-            for j in range(10):
-                row = bias.relative_position_bias_table[index[i, j]]
-                assert out[0, head, i, j] == row[head]
-
-
 @pytest.mark.parametrize("positions", ["shared", "block"])
 def test_attention_is_softmax_of_scores_and_bias(positions):
     """The first block's attention by loops over heads and tokens; queries, keys and values apart.
@@ -230,7 +133,8 @@ def test_attention_is_softmax_of_scores_and_bias(positions):
     x, grid = vit.embed(pixels(1, 3, 16, 16))
     attention = vit.blocks[0].attn
     own = vit.rel_pos_bias if positions == "shared" else attention
-    bias = position_bias(own.relative_position_bias_table, grid)[0]             # (heads, 17, 17)
+    table = own.relative_position_bias_table                                    # (52, heads)
+    index = relative_position_index(4, 4)
     w_q, w_k, w_v = attention.qkv.weight.chunk(3)
     q = x[0] @ w_q.T + attention.q_bias                                         # (17, D)
     k = x[0] @ w_k.T
@@ -239,17 +143,11 @@ def test_attention_is_softmax_of_scores_and_bias(positions):
     for head in range(2):
         channels = slice(16 * head, 16 * head + 16)
         for i in range(17):
-            scores = torch.stack([q[i, channels] @ k[j, channels] / 4 for j in range(17)])
-            share = (scores + bias[head, i]).softmax(0)
-            out[i, channels] = share @ v[:, channels]
-    expected = attention.proj(out)
-    shared_bias = bias[None] if positions == "shared" else None
-    assert torch.allclose(attention(x, grid, shared_bias)[0], expected, atol=1e-4)
-    assert bias.abs().max() > 0.1
-
-
-def table(grid, heads=2):
-    return torch.randn((2 * grid - 1) ** 2 + 3, heads, generator=seeded())
+            scores = [q[i, channels] @ k[j, channels] / 4 + table[index[i, j], head]
+                      for j in range(17)]
+            out[i, channels] = torch.stack(scores).softmax(0) @ v[:, channels]
+    shared_bias = position_bias(table, grid) if positions == "shared" else None
+    assert torch.allclose(attention(x, grid, shared_bias)[0], attention.proj(out), atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (12, 20)])
@@ -269,7 +167,7 @@ def test_fused_attention_can_take_the_bias(size, monkeypatch):
     for positions in ("shared", "block"):
         with torch.autocast("cpu", torch.bfloat16):
             tiny_vit(positions=positions)(pixels(2, 3, *size))
-    assert len(seen) >= 4
+    assert len(seen) == 4
     for q, bias in seen:
         assert bias.stride(-1) == 1
         assert bias.dtype == q.dtype == torch.bfloat16
@@ -277,7 +175,7 @@ def test_fused_attention_can_take_the_bias(size, monkeypatch):
 
 def test_another_image_size_compiles(monkeypatch):
     """Without the search for its positions, which takes Dynamo minutes to trace."""
-    vit = tiny_vit()
+    vit = tiny_vit(depth=1)
     images = pixels(1, 3, 64, 96)
     found = {new: offset_weights(4, new) for new in (16, 24)}
     compiling = []
@@ -293,26 +191,26 @@ def test_another_image_size_compiles(monkeypatch):
 
 
 def test_position_bias_interpolation():
-    own = table(4)
-    assert torch.equal(resize_bias_table(own, 4, 4), own)               # the same size
-    for h, w in ((3, 3), (7, 7), (5, 9), (3, 6), (6, 2), (1, 41)):
-        rows = (2 * h - 1) * (2 * w - 1) + 3
+    own = torch.randn(7 * 7 + 3, 2, generator=seeded())     # of 4 × 4 patches
+    old = own[:-3].view(7, 7, 2)
+    assert torch.equal(resize_bias_table(own, 4, 4), own)
+    for h, w in ((3, 3), (7, 7), (5, 9), (3, 6), (1, 41)):
         resized = resize_bias_table(own, h, w)
-        assert resized.shape == (rows, 2)
         assert torch.equal(resized[-3:], own[-3:])                      # the class token's
-        constant = resize_bias_table(torch.full_like(own, 0.7), h, w)
-        assert torch.allclose(constant, torch.full_like(constant, 0.7), atol=1e-6)
-        symmetric = torch.cat([own[:-3] + own[:-3].flip(0), own[-3:]])  # (dy, dx) as (−dy, −dx)
-        resized = resize_bias_table(symmetric, h, w)[:-3]
-        assert torch.allclose(resized, resized.flip(0), atol=1e-5)
-        old = own[:-3].view(7, 7, 2)
-        new = resize_bias_table(own, h, w)[:-3].view(2 * h - 1, 2 * w - 1, 2)
+        new = resized[:-3].view(2 * h - 1, 2 * w - 1, 2)
         assert torch.allclose(new[h - 1, w - 1], old[3, 3], atol=1e-5)  # distance 0 stays 0
-        if h > 1 and w > 1:
-            assert torch.allclose(new[h:h + 1, w - 2], old[4:5, 2], atol=1e-5)      # and 1 stays 1
-        if h >= 4 and w >= 4:                               # the farthest the farthest
+        if h > 1:
+            assert torch.allclose(new[h, w - 2], old[4, 2], atol=1e-5)  # and 1 stays 1
+        if h >= 4:                                          # the farthest the farthest
             corners = [0, 0, -1], [0, -1, -1]
             assert torch.allclose(new[corners], old[corners], atol=1e-4)
+
+
+def test_interpolated_bias_is_in_fp32_under_autocast():
+    table = torch.randn(7 * 7 + 3, 2, generator=seeded())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = resize_bias_table(table, 3, 5)
+    assert torch.equal(found, resize_bias_table(table, 3, 5))
 
 
 def test_places_of_old_offsets_are_a_geometric_sequence():
@@ -328,23 +226,6 @@ def test_places_of_old_offsets_are_a_geometric_sequence():
     assert np.allclose(weights.sum(1), 1)
     assert np.array_equal(weights, weights[::-1, ::-1])
     assert np.array_equal(offset_weights(4, 2), np.eye(7)[2:5])         # smaller: the far ones go
-
-
-@pytest.mark.parametrize("positions", ["shared", "block"])
-def test_interpolated_bias_keeps_its_axes(positions):
-    """A bias that depends on the row's distance alone still does on a grid of another shape."""
-    vit = tiny_vit(positions=positions)
-    module = vit.rel_pos_bias if positions == "shared" else vit.blocks[0].attn
-    own = module.relative_position_bias_table
-    side = 2 * vit.grid - 1
-    with torch.no_grad():
-        own[:-3] = torch.arange(side).repeat_interleave(side)[:, None].float()
-    bias = position_bias(own, Grid(3, 6, relative_position_index(3, 6)))
-    bias = bias[0, 0, 1:, 1:].view(3, 6, 3, 6)              # query row, column; key row, column
-    assert torch.allclose(bias, bias[:, :1, :, :1].expand_as(bias), atol=1e-5)
-    rows = bias[:, 0, :, 0]
-    assert (rows[1:] > rows[:-1]).all()
-    assert (rows[:, 1:] < rows[:, :-1]).all()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -375,8 +256,8 @@ def test_resized_positions_keep_rows_and_class_token():
     assert (grid[1:] > grid[:-1]).all()
 
 
-def test_learned_positions_are_added_to_the_tokens(monkeypatch):
-    """To the class token and all patches, the masked ones too; attention has no mask."""
+def test_learned_positions_are_added_to_the_tokens():
+    """To the class token and all patches, the masked ones too."""
     vit = tiny_vit(positions="learned", codes=8)
     x = pixels(2, 3, 16, 16)
     mask = torch.zeros(2, 4, 4, dtype=torch.bool)
@@ -384,15 +265,8 @@ def test_learned_positions_are_added_to_the_tokens(monkeypatch):
     patches = vit.patch_embed(x)
     patches[mask.flatten(1)] = vit.mask_token[0, 0]
     expected = torch.cat([vit.cls_token.expand(2, -1, -1), patches], 1) + vit.pos_embed
-    tokens, grid = vit.embed(x, mask)
+    tokens, _ = vit.embed(x, mask)
     assert torch.allclose(tokens, expected, atol=1e-6)
-
-    def attention(q, k, v, attn_mask=None):
-        assert attn_mask is None
-        return v
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    vit.blocks[0](tokens, grid)
 
 
 def test_learned_positions_of_another_size_are_trained():
@@ -423,10 +297,8 @@ def test_images_of_any_size(positions):
     assert [f.shape for f in features] == [(2, 32, 4, 6)] * 2
     padded = F.pad(images, (0, 2, 0, 3))
     assert torch.equal(vit.features(padded, [2])[0], features[1])
-    (last,) = vit.features(images)
-    assert torch.equal(last, features[1])
     for layers in ([3], [0, 1], []):
-        with pytest.raises(ValueError, match=rf"layers {re.escape(str(layers))}: .* 1 to 2"):
+        with pytest.raises(ValueError, match="layers"):
             vit.features(images, layers)
 
 
@@ -434,9 +306,8 @@ def test_patch_14():
     vit = VisionTransformer(image_size=224, patch_size=14, dim=32, depth=1, heads=2, codes=8)
     mask = torch.zeros(1, 16, 16, dtype=torch.bool)
     mask[0, 3:5] = True
-    assert vit.grid == 16
     assert vit(pixels(1, 3, 224, 224), mask).shape == (32, 8)
-    with pytest.raises(ValueError, match="image size 225 is no multiple of patch size 14: try 224"):
+    with pytest.raises(ValueError, match="image size 225"):
         VisionTransformer(image_size=225, patch_size=14, dim=32, depth=1, heads=2)
 
 
@@ -445,19 +316,9 @@ def test_features_are_patch_maps_after_the_named_blocks():
     x = pixels(2, 3, 16, 16)
     tokens = vit.tokens(x, [1, 2, 3])
     assert torch.equal(vit.norm(tokens[2]), vit(x))
-    for layers in ([1, 3], [3, 1], [2]):                    # in the order asked for
+    for layers in ([1, 3], [3, 1]):                         # in the order asked for
         for layer, features in zip(layers, vit.features(x, layers), strict=True):
-            assert features.shape == (2, 32, 4, 4)
             assert torch.equal(features[1, :, 2, 3], tokens[layer - 1][1, 1 + 2 * 4 + 3])
-
-
-def test_a_classifier_sees_the_mean_of_the_patches():
-    for positions in ("block", "absolute"):
-        vit = tiny_vit(positions=positions, classes=3)
-        x = pixels(2, 3, 16, 16)
-        patches = vit.tokens(x, [2])[0][:, 1:]
-        mean = sum(patches[:, i] for i in range(16)) / 16
-        assert torch.allclose(vit(x), vit.head(vit.fc_norm(mean)), atol=1e-5)
 
 
 def test_pyramid_of_a_vit():
@@ -467,7 +328,6 @@ def test_pyramid_of_a_vit():
     assert [tuple(f.shape) for f in pyramid(pixels(2, 3, 12, 22))] == [
         (2, 32, 12, 24), (2, 32, 6, 12), (2, 32, 3, 6), (2, 32, 2, 3)]
     assert ViTPyramid(tiny_vit(depth=12)).layers == [4, 6, 8, 12]
-    assert ViTPyramid(tiny_vit(depth=24)).layers == [8, 12, 16, 24]
     images = pixels(1, 3, 16, 16)
     third, fourth = pyramid.vit.features(images, [3, 4])
     assert torch.equal(pyramid(images)[2], third)
@@ -499,10 +359,6 @@ def test_initial_weights_shrink_with_depth():
     torch.manual_seed(0)
     vit = VisionTransformer(16, 4, dim=64, depth=4, heads=2, codes=10)
     std = 0.5397 * 0.02                 # of a normal distribution cut off at its own σ = 0.02
-    learned = VisionTransformer(16, 4, dim=64, depth=1, heads=2, positions="learned", codes=10)
-    assert math.isclose(learned.pos_embed.std().item(), std, rel_tol=0.1)
-    assert learned.pos_embed.abs().max() <= 0.02
-    assert vit.patch_embed.proj.weight.abs().max() <= 0.02 and not vit.patch_embed.proj.bias.any()
     for i, block in enumerate(vit.blocks, 1):
         assert math.isclose(block.attn.qkv.weight.std().item(), std, rel_tol=0.05)
         assert block.attn.qkv.weight.abs().max() <= 0.02
@@ -514,17 +370,13 @@ def test_initial_weights_shrink_with_depth():
 def test_initial_weights_outside_pre_training():
     """Cut off at ±2 and not at σ; the patch projection is PyTorch's; the classifier is small."""
     torch.manual_seed(0)
-    vit = VisionTransformer(16, 4, dim=64, depth=4, heads=2, positions="learned", classes=10)
-    assert math.isclose(vit.pos_embed.std().item(), 0.02, rel_tol=0.1)
-    assert vit.pos_embed.abs().max() > 0.04
-    for block in vit.blocks:
-        assert math.isclose(block.attn.qkv.weight.std().item(), 0.02, rel_tol=0.05)
-        assert block.attn.qkv.weight.abs().max() > 0.04
+    vit = VisionTransformer(16, 4, dim=64, depth=2, heads=2, positions="learned", classes=10)
+    for weight in (vit.pos_embed, vit.blocks[1].attn.qkv.weight):
+        assert math.isclose(weight.std().item(), 0.02, rel_tol=0.1)
+        assert weight.abs().max() > 0.04
     bound = 1 / math.sqrt(3 * 4 * 4)                        # nn.Conv2d's uniform draw
     assert 0.9 * bound < vit.patch_embed.proj.weight.abs().max() <= bound
-    assert vit.patch_embed.proj.bias.any() and vit.head.weight.std() < 1e-4
-    plain = VisionTransformer(16, 4, dim=64, depth=1, heads=2, positions="absolute")
-    assert plain.cls_token.abs().max() < 1e-5               # MoCo v3: σ = 1e-6
+    assert vit.head.weight.std() < 1e-4
 
 
 @pytest.mark.parametrize("positions", ["learned", "block"])
@@ -548,19 +400,12 @@ def test_param_groups_by_hand(positions):
         assert (name, decay) == (name, 0.05 if name.endswith(decayed) else 0.0)
 
 
-def test_param_groups_of_pretraining():
-    vit = tiny_vit(codes=8)
-    found = {}
-    for group in param_groups(vit, 0.05, 0.5):
-        for name, _ in group["params"]:
-            found[name] = group
-    assert set(found) == {name for name, _ in vit.named_parameters()}
-    assert found["rel_pos_bias.relative_position_bias_table"]["lr_scale"] == 1.0
-    assert found["mask_token"]["lr_scale"] == 0.125
-    assert found["cls_token"]["weight_decay"] == 0.0
-    assert found["lm_head.weight"]["weight_decay"] == 0.05
-    assert found["norm.weight"]["weight_decay"] == 0.0
-    assert all(group["lr_scale"] == 1 for group in param_groups(vit, 0.05))     # no layer decay
+@pytest.mark.parametrize("layer_scale", [0.0, 0.1])
+def test_what_blocks_add_to_is_in_fp32_under_autocast(layer_scale):
+    vit = tiny_vit(positions="block", layer_scale=layer_scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = vit.tokens(pixels(1, 3, 16, 16), [1, 2])
+    assert first.dtype == second.dtype == torch.float32
 
 
 # ------------------------------------------------------------------------------------------------
@@ -595,34 +440,15 @@ def test_our_plain_vit_is_timms():
     from timm.models.vision_transformer import VisionTransformer as Theirs
     plain = dict(positions="absolute", layer_scale=0.0)
     ours = tiny_vit(image_size=32, **plain, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    theirs = Theirs(
-        img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0).eval()
+    size = dict(img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+    theirs = Theirs(**size, num_classes=0).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = pixels(2, 3, 32, 32)
     mean, std = statistics()
     tokens = theirs.forward_features(((x + 1) / 2 - mean) / std)
     assert torch.allclose(ours(x), tokens, atol=1e-5, rtol=1e-5)
-    assert torch.equal(ours.forward_features(x), ours(x))
     # classified by the patches' mean
     classifier = tiny_vit(image_size=32, **plain, classes=3)
-    theirs = Theirs(
-        img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=3,
-        global_pool="avg", fc_norm=True).eval()
+    theirs = Theirs(**size, num_classes=3, global_pool="avg", fc_norm=True).eval()
     theirs.load_state_dict(classifier.state_dict(), strict=True)
     assert torch.allclose(classifier(x), theirs(x), atol=1e-5, rtol=1e-5)
-
-
-def test_interpolated_bias_is_in_fp32_under_autocast():
-    table = torch.randn(7 * 7 + 3, 2, generator=torch.Generator().manual_seed(0))
-    with torch.autocast("cpu", torch.bfloat16):
-        found = resize_bias_table(table, 3, 5)
-    assert torch.equal(found, resize_bias_table(table, 3, 5))
-
-
-@pytest.mark.parametrize("layer_scale", [0.0, 0.1])
-def test_what_blocks_add_to_is_in_fp32_under_autocast(layer_scale):
-    vit = VisionTransformer(16, 4, dim=32, depth=2, heads=2, positions="block",
-                            layer_scale=layer_scale)
-    with torch.autocast("cpu", torch.bfloat16):
-        first, second = vit.tokens(torch.zeros(1, 3, 16, 16), [1, 2])
-    assert first.dtype == second.dtype == torch.float32
