@@ -8,15 +8,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
-from conftest import COMMON, OWN, run
-from test_stages import log
-from test_vit import pixels, seeded, statistics, tiny_vit
+from conftest import COMMON, OWN, STAGES, run
+from helpers import TinyVGG, log, pixels, seeded, statistics, tiny_resnet50, tiny_vit
 
 import data
 import model
 import pretrain
-import tokenizer
 from model import IMAGENET_MEAN, IMAGENET_STD, Grid, PerceptualLoss, Quantizer, VQTokenizer
 from support import weights
 
@@ -64,12 +61,18 @@ def small_tokenizer():
     return t.eval()
 
 
-def first_step(stage, transform, flags):
-    """The micro-batches (inputs, labels) of a stage's step 0."""
-    args = stage.get_args(flags)
+def one_step(stage, transform, *flags):
+    """A stage's run of one step, its row, and that step's micro-batches (inputs, labels).
+
+    With lr 0 the step changes nothing, so its checkpoint is what it began from.
+    """
+    flags = ["--lr", "0", "--steps", "1", "--accumulate", "2", "--output", "run", *flags]
+    run(stage, *flags)
+    args = STAGES[stage].get_args([*COMMON, *OWN[stage], *flags])
     dataset = data.load_dataset(args.data, "train", args.image_size)
     loader = data.TrainLoader(dataset, transform(args), args, 0, 1, torch.device("cpu"))
-    return next(iter(loader))
+    (row,) = log("run")
+    return weights.load("run").requires_grad_(), row, next(iter(loader))
 
 
 def gradient_norm(module):
@@ -90,7 +93,7 @@ def test_eq1_nearest_codeword_against_plain_loops():
     assert codes.flatten().tolist() == expected
 
 
-@pytest.mark.parametrize("rows", [1, 1023, 1024, 1025, 9000])
+@pytest.mark.parametrize("rows", [1, 1024, 1025])
 def test_eq1_is_the_same_in_blocks(rows):
     q = a_quantizer(size=40, dim=5)
     z = torch.randn(rows, 5, generator=seeded(3)).double()
@@ -99,29 +102,21 @@ def test_eq1_is_the_same_in_blocks(rows):
 
 
 def test_eq1_in_fp32_under_autocast():
-    q = Quantizer(512, 16).eval()
+    t = VQTokenizer(16, channels=(16,), codebook_size=512, code_dim=16).eval()
+    t.encoder = torch.nn.Identity()
+    q = t.quantizer
     q.codebook.copy_(torch.randn(512, 16, generator=seeded()) * 0.05 + 1)
     z = torch.randn(2, 16, 16, 16, generator=seeded(1)) * 0.05 + 1
     rows = z.permute(0, 2, 3, 1).flatten(0, 2)
-    z_q, codes, l_commit = q(z)
+    z_q, codes, _ = q(z)
     with torch.autocast("cpu", torch.bfloat16):
-        z_q16, codes16, l_commit16 = q(z)
+        z_q16, codes16, _ = q(z)
+        encoded = t.encode(z)
         naive = (q.codebook.square().sum(1) - 2 * rows @ q.codebook.T).argmin(1)
     assert torch.equal(codes, codes16)
+    assert torch.equal(codes, encoded)
     assert torch.equal(z_q, z_q16)
-    assert l_commit == l_commit16
-    assert z_q16.dtype == torch.float32
-    assert not torch.equal(naive, codes.flatten())          # bf16 products do find other neighbours
-
-
-def test_eq1_encode_quantizes_in_fp32_under_autocast(small_tokenizer):
-    x = pixels(2, 3, 16, 16)
-    with torch.autocast("cpu", torch.bfloat16):
-        z_e = small_tokenizer.encoder(x)
-        codes = small_tokenizer.encode(x)
-    assert z_e.dtype == torch.bfloat16
-    rows = z_e.float().permute(0, 2, 3, 1).flatten(0, 2)
-    assert torch.equal(codes.flatten(), small_tokenizer.quantizer.nearest(rows))
+    assert not torch.equal(naive, codes.flatten())          # the control: bf16 finds others
 
 
 # ------------------------------------------------------------------------------------------------
@@ -137,9 +132,13 @@ def test_eq2_quantized_vectors_are_the_codewords():
     assert torch.equal(q.lookup(codes), q.codebook[codes].permute(0, 3, 1, 2))
 
 
-def test_eq2_decoded_codes_are_the_reconstruction(small_tokenizer):
-    x = pixels(2, 3, 16, 16)
+@pytest.mark.parametrize("size", [16, 24])
+def test_eq2_decoded_codes_are_the_reconstruction(size, small_tokenizer):
+    x = pixels(2, 3, size, size)
     x_hat, codes, _ = small_tokenizer(x)
+    assert x_hat.shape == x.shape
+    assert codes.shape == (2, size // 4, size // 4)
+    assert len(codes.unique()) > 1
     assert torch.equal(small_tokenizer.encode(x), codes)
     assert torch.allclose(small_tokenizer.decode(codes), x_hat, atol=1e-5)
 
@@ -203,23 +202,6 @@ def test_eq3_moving_averages_against_a_plain_loop():
         assert q.pending == []
 
 
-def test_eq3_moving_averages_minimise_the_codebook_term():
-    """Without memory (γ = 0) one update leaves ‖sg[z_e] − e‖² no gradient for any code in use."""
-    q = a_quantizer(decay=0.0)
-    z = vectors(2, 3, 4, 4)
-    _, codes, _ = q(z)
-    rows = torch.tensor(plain_rows(z), dtype=torch.float64)
-
-    def gradient():
-        e = q.codebook.clone().requires_grad_()
-        (rows - e[codes.flatten()]).square().sum().backward()
-        return e.grad
-
-    assert gradient().abs().max() > 1
-    q.update(seeded())
-    assert gradient().abs().max() < 1e-12
-
-
 # ------------------------------------------------------------------------------------------------
 # Eq. 4: the perceptual loss
 
@@ -241,13 +223,15 @@ def plain_perceptual(maps, maps_hat):
 
 
 def test_eq4_against_a_plain_loop():
-    network = tiny_vit(depth=4, positions="absolute", layer_scale=0.0)
+    network = tiny_vit(depth=4, positions="absolute", layer_scale=0.0, mean=IMAGENET_MEAN,
+                       std=IMAGENET_STD)
     l_percep = PerceptualLoss(network, layers=[1, 3])
     x = pixels(2, 3, 16, 16)
     x_hat = pixels(2, 3, 16, 16, seed=1)
+    mean, std = statistics()
     maps = []
     for images in (x, x_hat):                               # through the blocks by hand
-        tokens = network.patch_embed(((images + 1) / 2 - network.mean) / network.std)
+        tokens = network.patch_embed(((images + 1) / 2 - mean) / std)
         tokens = torch.cat([network.cls_token.expand(2, -1, -1), tokens], 1) + network.pos_embed
         after = []
         for block in network.blocks:
@@ -269,90 +253,56 @@ def test_eq4_gradient_reaches_the_reconstruction_only():
     assert not l_percep.network.training                    # frozen for good
 
 
-def test_eq4_input_is_normalised_and_resized_inside():
-    network = tiny_vit(positions="absolute", mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    l_percep = PerceptualLoss(network, [1])
-    seen = []
-    network.patch_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    x = pixels(1, 3, 16, 16)
-    l_percep.features(x)
-    for channel in range(3):
-        expected = ((x[0, channel] + 1) / 2 - IMAGENET_MEAN[channel]) / IMAGENET_STD[channel]
-        assert torch.allclose(seen[0][0, channel], expected, atol=1e-6)
-    for size in ((24, 24), (24, 16)):
-        assert [f.shape for f in l_percep.features(pixels(1, 3, *size))] == [(1, 32, 4, 4)]
-
-
 def test_eq4_layers_default_to_the_quarters():
     assert PerceptualLoss(tiny_vit(depth=12)).layers == [3, 6, 9, 12]           # the paper's
     assert PerceptualLoss(tiny_vit(depth=4)).layers == [1, 2, 3, 4]
     for layers in ([0], [1, 3]):
-        with pytest.raises(ValueError, match=r"layers 1 to 2"):
+        with pytest.raises(ValueError, match="layers"):
             PerceptualLoss(tiny_vit(depth=2), layers)
 
 
-def a_convnet(name):
-    """torchvision's, with random weights. The initial draw of VGG's 138 million takes seconds."""
-    with torch.device("meta"):
-        network = getattr(torchvision.models, name)()
-    if name == "vgg16":
-        network.classifier = torch.nn.Identity()
-    network.to_empty(device="cpu")
-    for tensor in (*network.parameters(), *network.buffers()):
-        tensor.data.zero_()
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight, generator=seeded())
-        elif isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.ones_(module.weight)
-            torch.nn.init.ones_(module.running_var)
-    return network
-
-
-@pytest.mark.parametrize("name, layers, shapes", [
-    ("vgg16", None, [(64, 32), (128, 16), (256, 8), (512, 4), (512, 2)]),
-    ("vgg16", [2, 4], [(128, 16), (512, 4)]),
-    ("resnet50", None, [(256, 8), (512, 4), (1024, 2), (2048, 1)]),
+@pytest.mark.parametrize("build, layers, shapes", [
+    (TinyVGG, None, [(8, 32), (8, 16), (8, 8), (8, 4), (8, 2)]),
+    (TinyVGG, [2, 4], [(8, 16), (8, 4)]),
+    (tiny_resnet50, None, [(256, 8), (512, 4), (1024, 2), (2048, 1)]),
 ])
-def test_eq4_of_convnets(name, layers, shapes):
-    l_percep = PerceptualLoss(a_convnet(name), layers).train()
+def test_eq4_of_convnets(build, layers, shapes):
+    torch.manual_seed(0)
+    l_percep = PerceptualLoss(build(), layers).train()
+    statistics_before = [buffer.clone() for buffer in l_percep.network.buffers()]
     seen = []
     l_percep.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    x = pixels(1, 3, 32, 32)
     x_hat = pixels(1, 3, 32, 32, seed=1).requires_grad_()
+    x = pixels(1, 3, 32, 32)
     assert [(f.shape[1], f.shape[2]) for f in l_percep.features(x)] == shapes
     mean, std = statistics()
     assert torch.allclose(seen[0], ((x + 1) / 2 - mean) / std, atol=1e-6)
     assert all(f.min() >= 0 for f in l_percep.network(x).values())      # after the activation
-    assert l_percep(x, x.clone()).item() == 0
-    value = l_percep(x, x_hat)
-    value.backward()
-    assert value.item() > 0
+    l_percep(x, x_hat).backward()
     assert x_hat.grad.abs().sum() > 0
-    for key, buffer in l_percep.network.named_buffers():
-        if key.endswith("running_mean"):
-            assert buffer.sum() == 0
+    for before, after in zip(statistics_before, l_percep.network.buffers(), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (24, 16)])
+def test_eq4_a_vit_sees_images_of_its_own_size(size):
+    (features,) = PerceptualLoss(tiny_vit(), [1]).features(pixels(1, 3, *size))
+    assert features.shape == (1, 32, 4, 4)
 
 
 # ------------------------------------------------------------------------------------------------
 # Eq. 5: the tokenizer's objective
 
-def test_eq5_one_step_of_the_loss_against_a_plain_sum():
-    """L = L_pixel + λ L_percep + β L_commit and its gradient, in tokenizer.py's first step.
-
-    With lr 0 and decay 1 that step changes nothing, so its checkpoint is what it began from.
-    """
-    run("teacher", "--steps", "1", "--output", "teacher")
-    flags = [
-        *COMMON, *OWN["tokenizer"], "--perceptual", "teacher", "--perceptual-weight", "0.3",
-        "--commitment-weight", "20", "--decay", "0.999999999", "--revive", "0", "--lr", "0",
-        "--steps", "1", "--accumulate", "2", "--output", "run"]
-    tokenizer.main(tokenizer.get_args(flags))
-    step = first_step(tokenizer, transform_of_tokenizer, flags)
+def test_eq5_one_step_of_the_loss_against_a_plain_sum(chain):
+    """L = L_pixel + λ L_percep + β L_commit and its gradient, in tokenizer.py's first step."""
+    teacher = str(chain.teacher)
+    network, row, step = one_step(
+        "tokenizer", lambda args: data.crop_and_flip(args.image_size, args.crop_min),
+        "--perceptual", teacher, "--perceptual-weight", "0.3", "--commitment-weight", "20",
+        "--decay", "0.999999999", "--revive", "0")
     x = torch.cat([images for images, _ in step])
     assert x.shape == (16, 3, 32, 32)
 
-    network = weights.load("run").requires_grad_()
     z_e = network.encoder(x)                                                    # (16, 32, 4, 4)
     rows = z_e.permute(0, 2, 3, 1)                                              # (16, 4, 4, 32)
     distances = (rows.unsqueeze(3) - network.quantizer.codebook).square().sum(4)
@@ -360,7 +310,7 @@ def test_eq5_one_step_of_the_loss_against_a_plain_sum():
     x_hat = network.decoder(z_e + (z_q - z_e).detach())
     l_pixel = (x - x_hat).square().sum() / (16 * 32 * 32 * 3)
     l_commit = (z_q - z_e).square().sum() / z_e.numel()
-    perceptual = PerceptualLoss(weights.load("teacher"))
+    perceptual = PerceptualLoss(weights.load(teacher))
     l_percep = 0.0
     for f, f_hat in zip(perceptual.features(x), perceptual.features(x_hat), strict=True):
         images, channels, height, width = f.shape
@@ -368,16 +318,11 @@ def test_eq5_one_step_of_the_loss_against_a_plain_sum():
     loss = l_pixel + 0.3 * l_percep + 20 * l_commit
     loss.backward()
 
-    (row,) = log("run")
     assert row["pixel"] == pytest.approx(l_pixel.item(), rel=1e-4)
     assert row["perceptual"] == pytest.approx(l_percep.item(), rel=1e-4)
     assert row["commitment"] == pytest.approx(l_commit.item(), rel=1e-4)
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert row["grad_norm"] == pytest.approx(gradient_norm(network), rel=1e-3)
-
-
-def transform_of_tokenizer(args):
-    return data.crop_and_flip(args.image_size, args.crop_min)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -400,18 +345,6 @@ def test_eq6_masked_patches_become_the_mask_token():
                 assert torch.allclose(tokens[b, 1 + 4 * i + j], expected, atol=1e-5)
 
 
-def test_eq6_what_is_masked_is_not_seen():
-    vit = tiny_vit(codes=8)
-    x = pixels(2, 3, 16, 16)
-    other = pixels(2, 3, 16, 16, seed=1)
-    mask = torch.rand(2, 4, 4, generator=seeded()) < 0.5
-    covered = mask.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]     # in pixels
-    logits = vit(x, mask)
-    assert logits.shape == (int(mask.sum()), 8)
-    assert torch.equal(vit(torch.where(covered, other, x), mask), logits)
-    assert not torch.allclose(vit(torch.where(covered, x, other), mask), logits)
-
-
 # ------------------------------------------------------------------------------------------------
 # Eq. 7: the codes of masked patches are predicted
 
@@ -425,23 +358,19 @@ def test_eq7_logits_come_in_the_order_of_the_masked_patches():
         assert torch.allclose(row, every[b, i, j], atol=1e-5)
 
 
-def test_eq7_one_step_of_the_loss_against_a_plain_loop():
+def test_eq7_one_step_of_the_loss_against_a_plain_loop(chain):
     """−log p(code | masked image), averaged over all masked patches, as pretrain.py's first step.
 
-    The codes are of the whole image. With lr 0 the checkpoint is what the step began from.
+    The codes are of the whole image.
     """
-    run("tokenizer", "--perceptual-weight", "0", "--steps", "1", "--output", "tokenizer")
-    flags = [
-        *COMMON, *OWN["pretrain"], "--tokenizer", "tokenizer", "--drop-path", "0", "--lr", "0",
-        "--steps", "1", "--accumulate", "2", "--output", "run"]
-    pretrain.main(pretrain.get_args(flags))
-    step = first_step(pretrain, transform_of_pretrain, flags)
-
-    vit = weights.load("run").requires_grad_()
+    tokenizer = weights.load(chain.tokenizer)
+    vit, row, step = one_step(
+        "pretrain", transform_of_pretrain, *chain.inputs["pretrain"], "--mask-ratio", "0.4",
+        "--drop-path", "0")
     total = right = patches = 0
     for (images, masks, factors), _ in step:
         images = data.color_jitter(images, factors)
-        codes = weights.load("tokenizer").encode(images)                        # (8, 4, 4)
+        codes = tokenizer.encode(images)                                        # (8, 4, 4)
         for image, mask, code in zip(images, masks, codes, strict=True):
             h = vit.tokens(image[None], [4], mask[None])[0][0, 1:].view(4, 4, -1)
             for i, j in mask.nonzero().tolist():
@@ -453,7 +382,6 @@ def test_eq7_one_step_of_the_loss_against_a_plain_loop():
     loss = total / patches
     loss.backward()
 
-    (row,) = log("run")
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert row["accuracy"] == pytest.approx(right / patches, rel=1e-5)
     assert row["grad_norm"] == pytest.approx(gradient_norm(vit), rel=1e-3)
@@ -522,24 +450,6 @@ def test_eq8_each_term_has_a_gradient_to_its_own_network_alone():
     assert all(gradient.abs().sum() > 0 for gradient in gradients(l_judge, weights_of_judge))
 
 
-def test_eq8_each_term_improves_what_it_should():
-    """A step against l_fool raises D(x̂); one against l_judge raises D(x) and lowers D(x̂)."""
-    torch.manual_seed(0)
-    judge = model.PatchDiscriminator(16)
-    x = pixels(2, 3, 32, 32)
-    x_hat = pixels(2, 3, 32, 32, seed=1).requires_grad_()
-    l_fool, l_judge = model.adversarial(judge, judge, x, x_hat)
-    direction, = torch.autograd.grad(l_fool, x_hat, retain_graph=True)
-    fake = judge(x_hat).mean()
-    assert judge(x_hat - direction / direction.norm()).mean() > fake
-    real = judge(x).mean()
-    l_judge.backward()
-    with torch.no_grad():
-        for parameter in judge.parameters():
-            parameter -= 0.01 * parameter.grad
-        assert judge(x).mean() - judge(x_hat).mean() > real - fake
-
-
 def test_eq8_the_discriminator_is_patch_based():
     """VQGAN's: 2.8 M weights, and a field of 70 × 70 pixels a logit, but for the norms' statistics.
     """
@@ -562,58 +472,37 @@ def test_eq8_the_discriminator_is_patch_based():
 # ------------------------------------------------------------------------------------------------
 # The codebook: how it begins, codes out of use
 
-def test_evaluation_leaves_the_codebook_alone():
-    q = a_quantizer().eval()
-    q(vectors(2, 3, 2, 2))
+def test_the_codebook_begins_as_vectors_of_the_batch():
+    q = Quantizer(5, 3).double()
+    seen = []
+    for micro_batch in range(2):
+        z = vectors(2, 3, 4, 4, seed=micro_batch)
+        q(z)
+        seen += plain_rows(z)
+    q.eval()(vectors(2, 3, 4, 4))                           # an evaluation's do not count
+    q.initialize(seeded())
+    assert all(code in seen for code in q.codebook.tolist())
+    assert len(q.codebook.unique(dim=0)) == 5
+    assert q.count.tolist() == [64 / 5] * 5
+    assert torch.allclose(q.sum, q.codebook * 64 / 5, rtol=1e-12)
     assert q.pending == []
 
 
-def test_the_codebook_begins_as_vectors_of_the_batch():
-    books = []
-    for seed in (0, 0, 1):
-        q = Quantizer(5, 3).double()
-        seen = []
-        for micro_batch in range(2):
-            z = vectors(2, 3, 4, 4, seed=micro_batch)
-            q(z)
-            seen += plain_rows(z)
-        q.initialize(seeded(seed))
-        assert all(code in seen for code in q.codebook.tolist())
-        assert len(q.codebook.unique(dim=0)) == 5
-        assert q.count.tolist() == [64 / 5] * 5
-        assert torch.allclose(q.sum, q.codebook * 64 / 5, rtol=1e-12)
-        assert q.pending == []
-        books.append(q.codebook.tolist())
-    assert books[0] == books[1] != books[2]
-
-
-def with_a_dead_code(revive):
-    q = a_quantizer(size=4, dim=2, decay=0.5, revive=revive)
+def test_a_dead_code_starts_anew_with_its_statistics():
+    q = a_quantizer(size=4, dim=2, decay=0.5, revive=0.1)
     q.codebook[3] = 1000.0                                  # nothing is near it
     q.count.copy_(torch.tensor([8.0, 8.0, 8.0, 0.01]))
     q.sum.copy_(q.codebook * q.count[:, None])
-    return q
-
-
-def test_a_dead_code_starts_anew_with_its_statistics():
-    q = with_a_dead_code(0.1)
-    never = with_a_dead_code(0.0)
     z = vectors(4, 2, 3, 3)
-    for each in (q, never):
-        each(z)
-        each.update(seeded())
+    q(z)
+    q.update(seeded())
     rows = torch.tensor(plain_rows(z), dtype=torch.float64)
     assert (rows - q.codebook[3]).abs().amax(1).min() < 1e-12
-    # else the next update moves it back
-    assert torch.allclose(q.sum[3], q.codebook[3] * q.count[3], rtol=1e-12)
-    assert torch.equal(q.codebook[:3], never.codebook[:3])
-    assert torch.equal(q.count[:3], never.count[:3])
-    assert (never.codebook[3] == 1000).all()
+    assert q.count[3] >= q.revive * q.count.mean()          # else it is replaced at once again
     q(z)
-    used = int((q.pending[0][1] == 3).sum())
+    assert (q.pending[0][1] == 3).any()
     q.update(seeded())
-    assert used > 0
-    assert q.codebook[3].abs().max() < 10
+    assert q.codebook[3].abs().max() < 10                   # its old averages do not move it back
 
 
 def test_a_code_out_of_use_stays_where_it_is_without_revival():
@@ -631,43 +520,10 @@ def test_a_code_out_of_use_stays_where_it_is_without_revival():
     assert q.codebook.isfinite().all()
 
 
-def test_revival_is_deterministic_by_its_generator():
-    revived = []
-    for seed in (0, 0, 1):
-        q = with_a_dead_code(0.1)
-        q(vectors(8, 2, 8, 8))
-        q.update(seeded(seed))
-        revived.append(q.codebook[3].tolist())
-    assert revived[0] == revived[1] != revived[2]
-
-
-@pytest.mark.parametrize("batch", [4, 400])
-def test_a_revived_code_counts_as_alive(batch):
-    """Else it is replaced at each step again, before it can learn anything."""
-    q = a_quantizer(size=4, dim=2, decay=0.99, revive=0.01)
-    q.codebook[3] = 1000.0
-    q.count.copy_(torch.tensor([1.0, 1.0, 1.0, 0.0]) * batch * 64 / 3)
-    q.sum.copy_(q.codebook * q.count[:, None])
-    q(vectors(batch, 2, 8, 8))
-    q.update(seeded())
-    assert q.codebook[3].abs().max() < 10                   # revived
-    assert q.count[3] >= q.revive * q.count.mean()
-
-
 # ------------------------------------------------------------------------------------------------
 # The tokenizer
 
-def test_tokenizer_shapes_at_any_size(small_tokenizer):
-    x = pixels(2, 3, 24, 24)
-    x_hat, codes, l_commit = small_tokenizer(x)
-    assert small_tokenizer.stride == 4
-    assert x_hat.shape == x.shape
-    assert codes.shape == (2, 6, 6)
-    assert l_commit.ndim == 0
-    assert len(codes.unique()) > 1
-
-
-@pytest.mark.parametrize("grid", [3, 4, 7])
+@pytest.mark.parametrize("grid", [3, 4])
 def test_encode_at_another_grid(small_tokenizer, grid):
     x = pixels(2, 3, 16, 16)
     codes = small_tokenizer.encode(x, grid)
@@ -679,15 +535,7 @@ def test_encode_at_another_grid(small_tokenizer, grid):
     assert small_tokenizer.encode(pixels(2, 3, 20, 4 * grid), grid).shape == (2, grid, grid)
 
 
-def test_tokenizer_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="image size 18 .* stride 4"):
-        VQTokenizer(18, channels=(16, 16, 16))
-    with pytest.raises(ValueError, match=r"\[16, 20, 16, 20\].*multiples of 16"):
-        VQTokenizer(16, channels=(16, 20))
-    with pytest.raises(ValueError, match=r"\[16, 80, 16, 80\].*from 64 on of 32"):
-        VQTokenizer(16, channels=(16, 80))              # GroupNorm has 32 groups there
-
-
-def test_discriminator_judges_patches():
-    judge = model.PatchDiscriminator(16)
-    assert judge(pixels(2, 3, 32, 32)).shape == (2, 1, 2, 2)
+@pytest.mark.parametrize("size, channels", [(18, (16, 16, 16)), (16, (16, 20)), (16, (16, 80))])
+def test_tokenizer_refuses_what_does_not_fit(size, channels):
+    with pytest.raises(ValueError, match="image size 18|multiples of 16"):
+        VQTokenizer(size, channels=channels)
