@@ -1,6 +1,5 @@
 """For use outside: weights.load, runs as folders for transformers."""
 import json
-import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ from PIL import Image
 
 import data
 import finetune
-from model import SIZES, VisionTransformer
+from model import IMAGENET_MEAN, SIZES, VisionTransformer
 from support import checkpoint, weights
 from support.launch import InputError
 from support.scenes import Synthetic
@@ -30,6 +29,9 @@ IMAGE = waves(48, 60)
 
 def optional(name):
     return pytest.importorskip(name, reason=f"{name} is not installed: requirements-extra.txt")
+
+
+MASK = (torch.arange(16) % 3 == 0).view(1, 4, 4)
 
 
 def close(values, expected):
@@ -73,16 +75,14 @@ def test_load_gives_ready_networks(chain):
     pixels = teacher.preprocess(IMAGE)[None]
     assert pixels.shape == (1, 3, 32, 32)
     assert -1 <= pixels.min() < pixels.max() <= 1
-    assert teacher.features(pixels, [4])[0].shape == (1, 64, 4, 4)
     (last,) = teacher.features(pixels)
+    assert last.shape == (1, 64, 4, 4)
     assert torch.equal(last, teacher.features(pixels, [4])[0])
     assert not tokenizer.training
     assert tokenizer.decode(tokenizer.encode(pixels)).shape == pixels.shape
-    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
-    mask[0, 1] = True
-    assert weights.load(chain.pretrain)(pixels, mask).shape == (4, 32)
+    assert weights.load(chain.pretrain)(pixels, MASK).shape == (6, 32)
     assert weights.load(chain.finetune / "best.pt")(pixels).shape == (1, 10)
-    with pytest.raises(InputError, match="found a checkpoint of segment"):
+    with pytest.raises(InputError, match="segment"):
         weights.load(chain.segment)
 
 
@@ -93,12 +93,8 @@ def test_preprocess_takes_files_and_images(chain):
     for image in ("image.png", Path("image.png"), IMAGE.convert("RGBA")):
         assert torch.equal(preprocess(image), expected)
     Path("image.png").write_bytes(Path("image.png").read_bytes()[:500])
-    wrong = [
-        ("image.png", "image.png: not a readable image"),
-        ("nowhere.png", "nowhere.png: not a readable image"),
-    ]
-    for image, message in wrong:
-        with pytest.raises(InputError, match=message):
+    for image in ("image.png", "nowhere.png"):
+        with pytest.raises(InputError, match=image):
             preprocess(image)
 
 
@@ -114,7 +110,7 @@ def test_load_depends_on_no_other_file(chain, monkeypatch):
     shutil.copytree(chain.pretrain, "moved")
     monkeypatch.chdir("moved")
     assert weights.load(".").image_size == 32
-    with pytest.raises(InputError, match="runs/demo/pretrain: nothing there, expected one of"):
+    with pytest.raises(InputError, match="runs/demo/pretrain"):
         weights.load("runs/demo/pretrain")
 
 
@@ -122,27 +118,13 @@ def test_names_of_the_classes_travel(chain):
     names = Synthetic().classes
     assert weights.load(chain.finetune).classes == names
     assert weights.load(chain.pretrain).classes is None
-    state = checkpoint.load(chain.finetune)
-    config, _ = export.settings(state)
+    config, _ = export.settings(checkpoint.load(chain.finetune))
     assert config["id2label"] == dict(enumerate(names))
     assert config["label2id"] == {name: i for i, name in enumerate(names)}
-    del state["identity"]["class_names"]                    # a run from before they were kept
-    config, _ = export.settings(state)
-    assert config["id2label"][9] == "LABEL_9"
 
 
 # ------------------------------------------------------------------------------------------------
 # Other libraries
-
-def test_names_of_transformers_and_back(either):
-    for stage in ("pretrain", "finetune"):
-        given = checkpoint.load(getattr(either, stage))["model"]
-        theirs = weights.to_beit(given)
-        assert not any(re.search("attn|mlp|blocks|gamma|pos_embed", key) for key in theirs)
-        back = weights.from_beit(theirs | {"beit.x.relative_position_index": torch.zeros(1)})
-        assert back.keys() == given.keys()
-        assert all(torch.equal(value, given[key]) for key, value in back.items())
-
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_what_is_exported_is_taken_back(stage, either, capsys):
@@ -151,9 +133,7 @@ def test_what_is_exported_is_taken_back(stage, either, capsys):
     own, back = weights.load(f"{stage}.pt"), weights.load("folder")
     pixels = own.preprocess(IMAGE)
     assert torch.equal(pixels, back.preprocess(IMAGE))
-    mask = None
-    if stage == "pretrain":
-        mask = (torch.arange(16) % 3 == 0).view(1, 4, 4)
+    mask = MASK if stage == "pretrain" else None
     assert torch.equal(own(pixels[None], mask), back(pixels[None], mask))
     begun = [weights.begin(args, weights.read(args)[0], 32, 10)[0].state_dict() for args in (
         finetune.get_args(["--recipe", "demo", "--init", f"{stage}.pt"]),
@@ -185,18 +165,16 @@ def test_a_folder_that_transformers_wrote(positions):
         assert close(own(pixels), theirs(pixels).logits)
 
 
-def test_a_folder_that_is_not_beits_is_refused(chain):
+def test_a_folder_that_does_not_fit_is_refused(chain):
     optional("safetensors")
     export.main([str(chain.finetune), "folder"])
-    with pytest.raises(InputError, match="folder: found transformers' BEiT, expected one of teach"):
+    with pytest.raises(InputError, match="folder.*teacher"):
         weights.load("folder", ["teacher"])
     config = json.loads(Path("folder/config.json").read_text())
-    Path("folder/config.json").write_text(json.dumps(config | dict(hidden_size=32)))
-    with pytest.raises(InputError, match="folder: of another architecture"):
-        weights.load("folder")
-    Path("folder/config.json").write_text(json.dumps(dict(model_type="bert")))
-    with pytest.raises(InputError, match="folder: not read as transformers' BEiT .*image_size"):
-        weights.load("folder")
+    for wrong in (config | dict(hidden_size=32), dict(model_type="bert")):
+        Path("folder/config.json").write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match="folder"):
+            weights.load("folder")
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
@@ -220,9 +198,8 @@ def test_transformers_opens_what_is_exported(stage, either):
     pixels = ours[None]
     with torch.no_grad():
         if stage == "pretrain":
-            mask = (torch.arange(16) % 3 == 0).view(1, 4, 4)
-            expected = own(pixels, mask)
-            logits = theirs(pixels, bool_masked_pos=mask.flatten(1)).logits[0, mask.flatten()]
+            expected = own(pixels, MASK)
+            logits = theirs(pixels, bool_masked_pos=MASK.flatten(1)).logits[0, MASK.flatten()]
         else:
             expected = own(pixels)
             logits = theirs(pixels).logits
@@ -250,15 +227,15 @@ def test_the_processor_crops_at_any_size(size, crop, chain):
     ("learned", 0.0, dict(use_abs_pos_emb=True, use_rel_pos_bias=False, init_values=0.0)),
 ])
 def test_timms_own_name_takes_a_fine_tuned_run(positions, layer_scale, arguments):
-    """A run of --model base at 224 px, strictly, with equal logits."""
+    """One of --model base's width at 224 px, strictly, with equal logits."""
     timm = optional("timm")
     torch.manual_seed(0)
-    own = VisionTransformer(**SIZES["base"], positions=positions, layer_scale=layer_scale,
-                            classes=1000).eval()
+    own = VisionTransformer(**SIZES["base"] | dict(depth=1), positions=positions,
+                            layer_scale=layer_scale, classes=1000).eval()
     with torch.no_grad():                                   # so that no weight is without effect
         for parameter in own.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
-    theirs = timm.create_model("beit_base_patch16_224", pretrained=False, **arguments).eval()
+    theirs = timm.create_model("beit_base_patch16_224", depth=1, **arguments).eval()
     theirs.load_state_dict(own.state_dict(), strict=True)
     pixels = torch.rand(1, 3, 224, 224) * 2 - 1
     with torch.no_grad():
@@ -292,23 +269,17 @@ def test_a_teacher_is_a_file_of_moco_v3s(chain):
 
 
 def test_only_what_is_beits_is_exported(chain):
-    optional("safetensors")
-    expected = ("found a checkpoint of tokenizer, "
-                "expected one of teacher or pretrain or finetune")
-    with pytest.raises(InputError, match=expected):
+    with pytest.raises(InputError, match="tokenizer"):
         export.main([str(chain.tokenizer), "folder"])
     run("finetune", "--init", str(chain.teacher), "--steps", "1", "--output", "absolute")
-    with pytest.raises(InputError, match="are BEiT's"):
+    with pytest.raises(InputError, match="BEiT"):
         export.main(["absolute", "folder"])
-    export.main([str(chain.finetune), "folder"])
-    config = json.loads(Path("folder/config.json").read_text())
-    assert config["architectures"] == ["BeitForImageClassification"]
-    assert len(config["id2label"]) == 10
 
 
 def test_statistics_of_the_inputs_are_exported(chain):
-    run("finetune", "--init", "none", "--statistics", "imagenet", "--steps", "1", "--output", "run")
-    _, processor = export.settings(checkpoint.load("run"))
+    state = checkpoint.load(chain.finetune)
+    _, processor = export.settings(state)
+    assert processor["image_mean"] == processor["image_std"] == [0.5] * 3
+    state["model_args"]["mean"] = IMAGENET_MEAN
+    _, processor = export.settings(state)
     assert processor["image_mean"] == [0.485, 0.456, 0.406]
-    _, own = export.settings(checkpoint.load(chain.finetune))
-    assert own["image_mean"] == own["image_std"] == [0.5] * 3

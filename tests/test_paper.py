@@ -316,6 +316,11 @@ def test_table1_sizes(size, patch, drop_path, runs):
     assert weights.network_of(tuned).blocks[-1].drop_path.p == drop_path
 
 
+def test_table1_beits_other_vit_keeps_its_kind(runs):
+    tuned = runs["runs/relative/finetune"]["model_args"]
+    assert (tuned["positions"], tuned["layer_scale"]) == ("block", 0.1)
+
+
 def test_table5_perceptual_networks(runs):
     digests = set()
     for flags in ([], ["--perceptual", "runs/paper/teacher"],

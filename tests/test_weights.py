@@ -3,13 +3,13 @@ import argparse
 import copy
 import math
 import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from conftest import COMMON, run
-from test_stages import fails, log, newest
-from test_vit import pixels, randomize, tiny_vit
+from helpers import as_moco_v3, fails, log, newest, pixels, randomize, tiny_resnet50, tiny_vit
 
 import finetune
 import model
@@ -48,56 +48,56 @@ def test_backbone_of_pretraining_loads_for_fine_tuning():
     assert torch.allclose(target.tokens(x, [2])[0], source.tokens(x, [2])[0], atol=1e-5)
 
 
-def test_backbone_loads_at_another_image_size():
-    source = tiny_vit(codes=8)
-    target = tiny_vit(image_size=32, positions="block", classes=3)
-    load_backbone(target, source.state_dict())
-    own = target.blocks[1].attn.relative_position_bias_table
-    shared = source.rel_pos_bias.relative_position_bias_table
-    assert torch.equal(own, resize_bias_table(shared, 8, 8))
-    assert target(pixels(2, 3, 32, 32)).shape == (2, 3)
-
-
-@pytest.mark.parametrize("positions", ["learned", "absolute"])
-def test_position_embedding_is_interpolated_to_another_image_size(positions):
+@pytest.mark.parametrize("positions", ["learned", "absolute", "shared"])
+def test_positions_are_interpolated_to_another_image_size(positions):
     source = tiny_vit(positions=positions)
-    target = tiny_vit(image_size=32, positions=positions, classes=3)
+    own = "block" if positions == "shared" else positions
+    target = tiny_vit(image_size=32, positions=own, classes=3)
     load_backbone(target, source.state_dict())
-    assert torch.equal(target.pos_embed, resize_positions(source.pos_embed, 8, 8))
+    if positions == "shared":
+        shared = source.rel_pos_bias.relative_position_bias_table
+        table = target.blocks[1].attn.relative_position_bias_table
+        assert torch.equal(table, resize_bias_table(shared, 8, 8))
+    else:
+        assert torch.equal(target.pos_embed, resize_positions(source.pos_embed, 8, 8))
     assert torch.equal(target.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
 
 
-def test_classifier_of_the_same_classes_is_kept():
+@pytest.mark.parametrize("classes, kept", [(3, True), (4, False)])
+def test_classifier_of_the_same_classes_is_kept(classes, kept):
     source = tiny_vit(positions="block", classes=3)
-    for classes, kept in ((3, True), (4, False)):
-        target = randomize(tiny_vit(positions="block", classes=classes), seed=1)
-        load_backbone(target, source.state_dict())
-        assert torch.equal(target.fc_norm.weight, source.fc_norm.weight)
-        own = target.head.weight
-        given = source.head.weight
-        assert (own.shape == given.shape and torch.equal(own, given)) == kept
+    target = randomize(tiny_vit(positions="block", classes=classes), seed=1)
+    load_backbone(target, source.state_dict())
+    assert torch.equal(target.fc_norm.weight, source.fc_norm.weight)
+    own, given = target.head.weight, source.head.weight
+    assert (own.shape == given.shape and torch.equal(own, given)) == kept
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(dim=64), "cls_token: expected"),
-    (dict(depth=3), "lacks blocks.2."),
-    (dict(depth=1), r"has blocks.1.*and \d+ more"),
-    (dict(heads=4), "relative_position_bias_table: expected"),
-    (dict(patch_size=8), "patch_embed.proj.weight: expected"),
-    (dict(layer_scale=0.0), "has blocks.0.gamma_1"),
+@pytest.mark.parametrize("change, named", [
+    (dict(dim=64), "cls_token"),
+    (dict(depth=3), "blocks.2."),
+    (dict(depth=1), "blocks.1"),
+    (dict(heads=4), "relative_position_bias_table"),
+    (dict(patch_size=8), "patch_embed.proj.weight"),
+    (dict(layer_scale=0.0), "blocks.0.gamma_1"),
     (dict(positions="absolute"), "pos_embed"),
-    (dict(positions="learned"), "lacks pos_embed"),
 ])
-def test_another_architecture_is_refused_by_name(change, message):
+def test_another_architecture_is_refused_by_name(change, named):
     target = tiny_vit(**{"positions": "block", "classes": 3, **change})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=named):
         load_backbone(target, tiny_vit(codes=8).state_dict())
 
 
-def test_positions_of_both_kinds_are_refused():
-    weights = tiny_vit(codes=8).state_dict() | dict(pos_embed=torch.zeros(1, 17, 32))
-    with pytest.raises(InputError, match="has rel_pos_bias.relative_position_bias_table"):
-        load_backbone(tiny_vit(positions="learned", layer_scale=0.1), weights)
+def test_checkpoints_of_another_architecture(capsys, chain):
+    message = fails(capsys, "finetune", *chain.inputs["finetune"], "--eval")
+    assert str(chain.pretrain) in message                   # it has no classifier
+    state = newest(chain.tokenizer)
+    state["model"] = {f"old.{key}": value for key, value in state["model"].items()}
+    del state["digest"]                                     # written anew: a sound file
+    checkpoint.write(Path("old.pt"), state)
+    message = fails(capsys, "pretrain", "--tokenizer", "old.pt")
+    assert "--tokenizer old.pt" in message
+    assert len(message) < 300                               # not hundreds of names
 
 
 def test_pretraining_begins_fine_tuning(chain):
@@ -105,24 +105,13 @@ def test_pretraining_begins_fine_tuning(chain):
     state = newest(chain.pretrain)
     network, _ = finetune.build(args, 10, state)
     assert network.positions == "learned"
-    assert torch.equal(network.pos_embed, state["model"]["pos_embed"])
-    fc1 = state["model"]["blocks.0.mlp.fc1.weight"]
-    assert torch.equal(network.blocks[0].mlp.fc1.weight, fc1)
+    for key in ("pos_embed", "blocks.0.mlp.fc1.weight"):
+        assert torch.equal(network.state_dict()[key], state["model"][key])
     assert newest(chain.finetune)["identity"]["init"] == state["digest"]
 
 
-def test_the_other_vit_begins_fine_tuning_and_a_new_one_is_the_papers(chain):
-    """BEiT's other ViT keeps its relative positions and its layer scale without a flag."""
-    run("pretrain", *chain.inputs["pretrain"], "--positions", "shared", "--layer-scale", "0.1",
-        "--steps", "1", "--output", "shared")
-    state = newest("shared")
-    args = finetune.get_args([*COMMON, "--init", "shared"])
-    network, model_args = finetune.build(args, 10, state)
-    assert (model_args["positions"], model_args["layer_scale"]) == ("block", 0.1)
-    shared = state["model"]["rel_pos_bias.relative_position_bias_table"]
-    for block in network.blocks:
-        assert torch.equal(block.attn.relative_position_bias_table, shared)
-    network, model_args = finetune.build(args, 10, None)
+def test_a_new_vit_is_the_papers():
+    _, model_args = finetune.build(finetune.get_args([*COMMON, "--init", "none"]), 10, None)
     assert (model_args["positions"], model_args["layer_scale"]) == ("learned", 0.0)
 
 
@@ -137,29 +126,17 @@ def test_what_a_checkpoint_overrules_is_named(chain, capsys):
     other = ["--model", "tiny", "--patch-size", "16", "--statistics", "imagenet"]
     line = said(*other)
     assert all(word in line for word in (str(chain.pretrain), "dim 192", "patch_size 16", "mean"))
-    assert "layer_scale 0.5\n" in said("--layer-scale", "0.5")
     assert said(*other, "--init", "none") == ""             # the control: they are used
 
 
 # ------------------------------------------------------------------------------------------------
-# The perceptual network, and files of other projects
+# Files of other projects
 
-def test_the_perceptual_network_is_the_teachers(chain):
-    network, digest = weights.perceptual_network(str(chain.teacher))
-    state = newest(chain.teacher)
-    assert checkpoint.digest(network.state_dict()) == checkpoint.digest(state["model"])
-    assert digest == state["digest"]
-
-
-def as_moco_v3(network, head="head"):
-    """What MoCo v3's files hold: a network, its momentum copy, projectors in place of its head."""
-    state = {f"module.base_encoder.{head}.0.weight": torch.ones(8, 32),
-             "module.predictor.0.weight": torch.ones(4, 4)}
-    for key, value in network.state_dict().items():
-        if not key.startswith(f"{head}."):
-            state[f"module.base_encoder.{key}"] = value
-            state[f"module.momentum_encoder.{key}"] = value + 1
-    return dict(epoch=300, arch="vit_base", state_dict=state, optimizer={}, scaler={})
+def begun(path, *flags):
+    """The ViT with which fine-tuning begins, in eval mode, and its arguments."""
+    args = finetune.get_args([*COMMON, "--init", path, *flags])
+    network, model_args = finetune.build(args, 10, checkpoint.load(path))
+    return network.eval(), model_args
 
 
 @pytest.fixture
@@ -177,45 +154,35 @@ def moco_v3_file(monkeypatch):
 def test_official_moco_v3_file_as_perceptual_network(moco_v3_file):
     network, _ = weights.perceptual_network("vit-b-300ep.pth.tar")
     assert checkpoint.digest(network.state_dict()) == checkpoint.digest(moco_v3_file)
-    run("tokenizer", "--perceptual", "vit-b-300ep.pth.tar", "--steps", "2", "--output", "run")
-    assert log("run")[-1]["perceptual"] > 0
 
 
 def test_official_moco_v3_file_begins_fine_tuning(moco_v3_file):
-    args = finetune.get_args([*COMMON, "--init", "vit-b-300ep.pth.tar", "--model", "base",
-                              "--image-size", "64", "--patch-size", "16"])
-    network, model_args = finetune.build(args, 10, checkpoint.load(args.init))
+    flags = ["--model", "base", "--image-size", "64", "--patch-size", "16"]
+    network, model_args = begun("vit-b-300ep.pth.tar", *flags)
     own = moco_v3_file["blocks.3.attn.qkv.weight"]
     assert torch.equal(network.blocks[3].attn.qkv.weight, own)
     assert model_args["positions"] == "absolute"
     assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
+    assert network.std.flatten().tolist() == pytest.approx(IMAGENET_STD)
+    network, _ = begun("vit-b-300ep.pth.tar", *flags, "--statistics", "half")
+    assert network.std.flatten().tolist() == [0.5] * 3
 
 
 @pytest.mark.parametrize("positions, layer_scale", [("learned", 0.0), ("shared", 0.1)])
 def test_published_beit_file_begins_fine_tuning(positions, layer_scale):
-    """BEiT's files hold the weights under "model", and indices that we compute."""
+    """BEiT's files hold the weights under "model", indices that we compute, and their arguments."""
     source = tiny_vit(**model.SIZES["nano"], image_size=32, patch_size=8, positions=positions,
                       layer_scale=layer_scale, codes=8)
     index = {"rel_pos_bias.relative_position_index": torch.zeros(17, 17)}
-    torch.save(dict(model=source.state_dict() | (index if positions == "shared" else {})),
-               "beit.pth")
-    args = finetune.get_args([*COMMON, "--init", "beit.pth"])
-    network, _ = finetune.build(args, 10, checkpoint.load("beit.pth"))
+    torch.save(dict(model=source.state_dict() | (index if positions == "shared" else {}),
+                    epoch=799, args=argparse.Namespace(lr=1.5e-3, model="beit_base")), "beit.pth")
+    network, _ = begun("beit.pth")
     x = pixels(2, 3, 32, 32)
-    own, given = network.eval().tokens(x, [4])[0], source.tokens(x, [4])[0]
+    own, given = network.tokens(x, [4])[0], source.tokens(x, [4])[0]
     assert torch.allclose(own, given, atol=1e-5 * given.abs().max().item())
     run("finetune", "--init", "beit.pth", "--steps", "1", "--output", "run")
-    assert newest("run")["identity"]["init"] == "beit.pth"     # it has no digest
-
-
-def test_a_file_with_its_arguments_beside_the_weights(chain):
-    """BEiT's and MAE's have args=argparse.Namespace(…) in them; nothing else is unpickled."""
-    state = newest(chain.pretrain)["model"]
-    contents = dict(model=state, epoch=799, args=argparse.Namespace(lr=1.5e-3, model="beit_base"))
-    torch.save(contents, "beit.pth")
-    assert checkpoint.load("beit.pth")["args"].lr == 1.5e-3
-    run("finetune", "--init", "beit.pth", "--steps", "1", "--output", "run")
     assert math.isfinite(log("run")[-1]["loss"])
+    assert newest("run")["identity"]["init"] == "beit.pth"     # it has no digest
 
 
 class Hostile:
@@ -226,18 +193,11 @@ class Hostile:
 def test_a_file_that_would_execute_something_is_refused(folder):
     contents = dict(model={}, args=argparse.Namespace(lr=Hostile()))
     torch.save(contents, "hostile.pth")
-    with pytest.raises(InputError, match="no sound checkpoint"):
+    with pytest.raises(InputError, match="hostile.pth"):
         checkpoint.load("hostile.pth")
     assert not (folder / "executed").exists()
     torch.load("hostile.pth", weights_only=False)           # the trap works
     assert (folder / "executed").exists()
-
-
-def begun(path, *flags):
-    """The ViT with which fine-tuning begins, in eval mode, and its arguments."""
-    args = finetune.get_args([*COMMON, "--init", path, *flags])
-    network, model_args = finetune.build(args, 10, checkpoint.load(path))
-    return network.eval(), model_args
 
 
 def test_a_deepspeed_file_begins_fine_tuning(chain):
@@ -251,49 +211,38 @@ def test_a_deepspeed_file_begins_fine_tuning(chain):
 # ------------------------------------------------------------------------------------------------
 # Input statistics
 
-def input_statistics(network):
-    return network.mean.flatten().tolist(), network.std.flatten().tolist()
-
-
 def test_statistics_of_a_foreign_file_are_the_flags(chain):
     torch.save(newest(chain.pretrain)["model"], "bare.pt")
     network, model_args = begun("bare.pt", "--statistics", "imagenet")
-    mean, std = input_statistics(network)
-    assert mean == pytest.approx(IMAGENET_MEAN)
-    assert std == pytest.approx(IMAGENET_STD)
     again = VisionTransformer(**model_args)                 # they are kept for the next stage
-    assert input_statistics(again) == input_statistics(network)
-    assert input_statistics(begun("bare.pt")[0]) == ([0.5] * 3, [0.5] * 3)
+    for vit in (network, again):
+        assert vit.mean.flatten().tolist() == pytest.approx(IMAGENET_MEAN)
+        assert vit.std.flatten().tolist() == pytest.approx(IMAGENET_STD)
+    assert begun("bare.pt")[0].mean.flatten().tolist() == [0.5] * 3
 
 
 def test_statistics_of_our_own_checkpoint_are_its_own(chain):
     network, _ = begun(str(chain.pretrain), "--statistics", "imagenet")
-    assert input_statistics(network) == ([0.5] * 3, [0.5] * 3)
+    assert network.mean.flatten().tolist() == [0.5] * 3
     network, _ = begun(str(chain.teacher), "--statistics", "half")
-    assert input_statistics(network)[0] == pytest.approx(IMAGENET_MEAN)
-
-
-def test_statistics_of_moco_v3s_file_are_imagenets_or_the_flags(moco_v3_file):
-    flags = ["--model", "base", "--image-size", "64", "--patch-size", "16"]
-    network, _ = begun("vit-b-300ep.pth.tar", *flags)
-    assert input_statistics(network)[1] == pytest.approx(IMAGENET_STD)
-    network, _ = begun("vit-b-300ep.pth.tar", *flags, "--statistics", "half")
-    assert input_statistics(network)[1] == [0.5] * 3
+    assert network.mean.flatten().tolist() == pytest.approx(IMAGENET_MEAN)
 
 
 # ------------------------------------------------------------------------------------------------
-# ResNet-50 as the perceptual network
+# The perceptual network
+
+def test_the_perceptual_network_is_the_teachers(chain):
+    network, digest = weights.perceptual_network(str(chain.teacher))
+    state = newest(chain.teacher)
+    assert checkpoint.digest(network.state_dict()) == checkpoint.digest(state["model"])
+    assert digest == state["digest"]
+
 
 @pytest.fixture
 def small_resnet50(monkeypatch):
-    """One block a stage: the names of ResNet-50's weights, and its widths."""
-    def build():
-        return torchvision.models.resnet.ResNet(
-            torchvision.models.resnet.Bottleneck, [1, 1, 1, 1])
-
-    monkeypatch.setattr(torchvision.models, "resnet50", build)
+    monkeypatch.setattr(torchvision.models, "resnet50", tiny_resnet50)
     torch.manual_seed(0)
-    return build()
+    return tiny_resnet50()
 
 
 def test_official_moco_v3_resnet50_as_perceptual_network(small_resnet50, monkeypatch):
@@ -314,8 +263,6 @@ def test_official_moco_v3_resnet50_as_perceptual_network(small_resnet50, monkeyp
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
     assert weights.perceptual_network("moco_v3_resnet50")[1] == digest
     assert asked[0].endswith("moco-v3/r-50-100ep/r-50-100ep.pth.tar")
-    run("tokenizer", "--perceptual", "moco_v3_resnet50", "--steps", "1", "--output", "run")
-    assert log("run")[-1]["perceptual"] > 0
 
 
 def test_a_file_that_lacks_a_weight_is_refused_by_its_name(small_resnet50, capsys):
@@ -327,22 +274,6 @@ def test_a_file_that_lacks_a_weight_is_refused_by_its_name(small_resnet50, capsy
     assert "layer3.0.conv2.weight" in message
 
 
-def test_checkpoints_of_another_architecture(capsys, chain, monkeypatch):
-    nano = model.SIZES["nano"]                              # ViT-B's weights take long to draw
-    monkeypatch.setitem(model.SIZES, "base", nano)
-    message = fails(
-        capsys, "finetune", *chain.inputs["finetune"], "--image-size", "64", "--eval")
-    assert "no classifier" in message
-    torch.save(newest(chain.pretrain)["model"], "bare.pt")
-    message = fails(capsys, "finetune", "--init", "bare.pt", "--model", "tiny")
-    assert "bare.pt: " in message
-    assert "expected" in message
-    state = newest(chain.teacher)["model"]
-    state["blocks.0.norm1.weight"] = torch.ones(3)
-    torch.save(dict(state_dict=state), "moco.pt")
-    assert "moco.pt" in fails(capsys, "tokenizer", "--perceptual", "moco.pt")
-
-
 @pytest.mark.parametrize("name", weights.DOWNLOADS)
 def test_a_download_that_fails(name, capsys, monkeypatch):
     def fail(*arguments, **keywords):
@@ -350,6 +281,4 @@ def test_a_download_that_fails(name, capsys, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
     message = fails(capsys, "tokenizer", "--perceptual", name)
-    assert name in message
-    assert "no route" in message
-    assert "https://" in message
+    assert all(word in message for word in (name, "no route", "https://"))
