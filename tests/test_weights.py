@@ -100,16 +100,6 @@ def test_checkpoints_of_another_architecture(capsys, chain):
     assert len(message) < 300                               # not hundreds of names
 
 
-def test_pretraining_begins_fine_tuning(chain):
-    args = finetune.get_args([*COMMON, *chain.inputs["finetune"]])
-    state = newest(chain.pretrain)
-    network, _ = finetune.build(args, 10, state)
-    assert network.positions == "learned"
-    for key in ("pos_embed", "blocks.0.mlp.fc1.weight"):
-        assert torch.equal(network.state_dict()[key], state["model"][key])
-    assert newest(chain.finetune)["identity"]["init"] == state["digest"]
-
-
 def test_a_new_vit_is_the_papers():
     _, model_args = finetune.build(finetune.get_args([*COMMON, "--init", "none"]), 10, None)
     assert (model_args["positions"], model_args["layer_scale"]) == ("learned", 0.0)
