@@ -135,8 +135,8 @@ TINY_SIZES = {
     "large": dict(dim=48, depth=6, heads=2),
     "huge": dict(dim=64, depth=8, heads=4),
 }
-# Appended to a command: later flags win. 8 images make 2 steps.
-SMALL = ["--data", "synthetic", "--batch-size", "4", "--epochs", "1", "--log-every", "1",
+# Appended to a command: later flags win. 4 images make 2 steps.
+SMALL = ["--data", "synthetic", "--batch-size", "2", "--epochs", "1", "--log-every", "1",
          "--workers", "0", "--amp", "fp32"]
 SMALL_STAGE = {
     "teacher": ["--hidden", "16", "--features", "8"],
@@ -147,7 +147,7 @@ SMALL_STAGE = {
     "detect": ["--image-size", "64", "--max-size", "107", "--channels", "16", "--boxes", "16"],
 }
 SHRUNK = {"image_size", "channels", "decoder_channels", "epochs", "warmup_epochs", "masked"}
-IMAGES = 8
+IMAGES = 4
 TOOLS = {f"tools.{name}": tool for name, tool in (
     ("codewords", codewords), ("attack", attack), ("figures", figures))}
 PLACEHOLDERS = {"REFERENCE": "reference.png", "ONE": "one.png", "OTHER": "other.png"}
@@ -213,6 +213,7 @@ class Runs:
     def __init__(self, root):
         self.root = root
         self.folders = {}                                   # by command
+        self.states = {}                                    # newest checkpoints, by folder
 
     def make(self, command):
         """The run of a stage's command: its folder."""
@@ -231,9 +232,15 @@ class Runs:
             self.folders[command] = output
         return self.folders[command]
 
+    def state(self, command):
+        """The newest checkpoint of a command's run."""
+        folder = self.make(command)
+        if folder not in self.states:
+            self.states[folder] = newest(folder)
+        return self.states[folder]
+
     def __getitem__(self, output):
-        """The newest checkpoint of a run, by its --output."""
-        return newest(self.make(MAKERS[output]))
+        return self.state(MAKERS[output])
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +280,7 @@ def test_a_command_trains(command, runs):
     for row in rows:
         assert math.isfinite(row["loss"])
         assert 0 < row["grad_norm"] < math.inf
-    state = newest(folder)
+    state = runs.state(command)
     assert (state["stage"], state["step"]) == (command[0], 2)
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
     asked = vars(arguments(command))
@@ -312,15 +319,10 @@ def test_table1_beits_other_vit_keeps_its_kind(runs):
 
 
 def test_table5_perceptual_networks(runs):
-    digests = set()
-    for flags in ([], ["--perceptual", "runs/paper/teacher"],
-                  ["--perceptual", "moco_v3_resnet50", "--output", "runs/resnet/tokenizer"],
-                  ["--perceptual", "vgg16", "--output", "runs/vgg/tokenizer"]):
-        folder = runs.make(("tokenizer", *flags))
-        assert all(row["perceptual"] > 0 for row in log(folder))
-        digests.add(newest(folder)["identity"]["perceptual"])
+    makers = [("tokenizer",), ("tokenizer", "--perceptual", "runs/paper/teacher"),
+              MAKERS["runs/resnet/tokenizer"], MAKERS["runs/vgg/tokenizer"]]
+    digests = {runs.state(command)["identity"]["perceptual"] for command in makers}
     assert len(digests) == 4
-    assert all(row["perceptual"] == 0 for row in log(runs.make(MAKERS["runs/pixel/tokenizer"])))
 
 
 def test_table7_losses(runs):
@@ -337,35 +339,22 @@ def test_table7_losses(runs):
 
 def test_table8_a_masked_autoencoder_for_every_task(runs):
     state = runs["runs/mae/pretrain"]
-    assert state["model_args"]["positions"] == "absolute"
     assert "lm_head.weight" not in state["model"]
     assert state["decoder"]["head.weight"].shape == (32, 32)                    # of K codes
-    for stage, vit in (("finetune", ""), ("segment", "vit"), ("detect", "vit")):
-        tuned = runs[f"runs/mae/{stage}"]
-        assert tuned["identity"]["init"] == state["digest"]
-        model_args = tuned["model_args"]
-        assert (model_args[vit] if vit else model_args)["positions"] == "absolute"
+    for stage in ("finetune", "segment", "detect"):
+        assert runs[f"runs/mae/{stage}"]["identity"]["init"] == state["digest"]
 
 
 def test_table12_architectures(runs):
-    peco = weights.network_of(runs["runs/paper/tokenizer"])
-    assert blocks_of(peco.encoder) == blocks_of(peco.decoder) == 2 * 5 + 2
-
-    vit = weights.network_of(runs["runs/vit/tokenizer"])
-    assert vit.stride == 16
-    for network in (vit.encoder.vit, vit.decoder):
-        assert len(network.blocks) == TINY_SIZES["base"]["depth"]
-
-    stride8 = weights.network_of(runs["runs/stride8/tokenizer"])
-    assert (stride8.stride, stride8.image_size) == (8, 32)
+    peco, stride8, narrow, shallow = (
+        weights.network_of(runs[f"runs/{name}/tokenizer"])
+        for name in ("paper", "stride8", "narrow", "shallow"))
+    assert (peco.stride, stride8.stride) == (16, 8)
     codes = stride8.encode(pixels(2, 3, 64, 64), grid=4)    # as pretrain.py: a code for each patch
     assert codes.shape == (2, 4, 4)
-
-    narrow = weights.network_of(runs["runs/narrow/tokenizer"])
     assert size_of(narrow.encoder) == size_of(peco.encoder)
     assert size_of(narrow.decoder) < size_of(peco.decoder)
-
-    shallow = weights.network_of(runs["runs/shallow/tokenizer"])
+    assert blocks_of(peco.encoder) == blocks_of(peco.decoder) == 2 * 5 + 2
     assert blocks_of(shallow.encoder) == 2 * 5 + 2
     assert blocks_of(shallow.decoder) == 1 * 5 + 2
 
@@ -390,9 +379,9 @@ def test_a_tools_command_runs(command, runs, capsys):
     out = capsys.readouterr().out
     if flags[0] == "nearer":
         assert re.findall(r"^(.*): .* nearer is (?:one|other).png$", out, re.M) == ["L2", "tokens"]
-    else:                                                   # rows of 8 images, 2 px around each
+    else:                                                   # rows of images, 2 px around each
         rows = 3 if flags[0] == "reconstructions" else 12 if "--masked" in flags else 4
-        assert Image.open(out.strip()).size == (8 * 66 + 2, rows * 66 + 2)
+        assert Image.open(out.strip()).size == (IMAGES * 66 + 2, rows * 66 + 2)
 
 
 def test_figures_4_and_5_show_as_many_masked_patches(runs):
@@ -571,12 +560,12 @@ def test_table11_attacks_against_a_plain_loop(name, momentum):
 
 def test_table11_its_row_is_the_accuracy_under_attack(runs):
     folder = runs.make(MAKERS["runs/paper/finetune"])
-    attack.main(attack.get_args([folder, "--images", "5", "--workers", "0"]))
+    attack.main(attack.get_args([folder, "--images", "3", "--workers", "0"]))
     row = log(folder)[-1]
-    assert row["images"] == 5
+    assert row["images"] == 3
     network = weights.load(folder)
     dataset = data.load_dataset("synthetic", "val", network.image_size)
-    drawn = torch.randperm(IMAGES, generator=seeded())[:5].tolist()
+    drawn = torch.randperm(IMAGES, generator=seeded())[:3].tolist()
     images = torch.stack([network.preprocess(dataset[index][0]) for index in drawn])
     labels = torch.tensor([dataset.targets[index] for index in drawn])
     for name, attacked in (("clean", images), ("bim", attack.bim(network, images, labels))):
