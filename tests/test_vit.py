@@ -289,16 +289,6 @@ def test_images_of_any_size(positions):
             vit.features(images, layers)
 
 
-def test_features_are_patch_maps_after_the_named_blocks():
-    vit = tiny_vit(depth=3)
-    x = pixels(2, 3, 16, 16)
-    tokens = vit.tokens(x, [1, 2, 3])
-    assert torch.equal(vit.norm(tokens[2]), vit(x))
-    for layers in ([1, 3], [3, 1]):                         # in the order asked for
-        for layer, features in zip(layers, vit.features(x, layers), strict=True):
-            assert torch.equal(features[1, :, 2, 3], tokens[layer - 1][1, 1 + 2 * 4 + 3])
-
-
 def test_pyramid_of_a_vit():
     """Strides p/4 to 2p, after blocks 4, 6, 8 and 12 of 12 and in that proportion."""
     pyramid = ViTPyramid(tiny_vit(depth=4))
