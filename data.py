@@ -255,7 +255,7 @@ def color_jitter(images, factors):
     return 2 * x - 1
 
 
-def teacher(size, crop_min=0.08):
+def teacher_views(size, crop_min=0.08):
     """MoCo v3's two views: BYOL's (its appendix B), with a crop of at least 8 %, bilinear.
 
     Returns two transforms. The blur's kernel is a tenth of the image, as there; below 64 px there
@@ -277,7 +277,7 @@ def teacher(size, crop_min=0.08):
     return view(blur=1.0, solarize=0.0), view(blur=0.1, solarize=0.2)
 
 
-def finetune(size, crop_min=0.08, magnitude=27, erasing=0.25):
+def finetune_transform(size, crop_min=0.08, magnitude=27, erasing=0.25):
     """BEiT's: random resized crop, flip, RandAugment, random erasing by noise.
 
     Its RandAugment is timm's: two operations, each with probability ½, at magnitude 9 of 10. Here
@@ -296,7 +296,7 @@ def finetune(size, crop_min=0.08, magnitude=27, erasing=0.25):
     return T.Compose(steps)
 
 
-def evaluation(size, crop=0.875):
+def eval_transform(size, crop=0.875):
     """The shorter side to size / crop, then the centre; crop = 1 if images come at their size."""
     return T.Compose([T.Resize(round(size / crop), BICUBIC), T.CenterCrop(size), to_pixels])
 

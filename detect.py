@@ -393,7 +393,7 @@ def main(args):
         launch.set_lr(optimizer, lr)
         batch = next(batches)
         run.seed(step)                                # sampled anchors and boxes, drop path
-        for images, targets in run.accumulate(batch, network):
+        for images, targets in run.micro_batches(batch, network):
             losses = network(images, targets)               # of proposals, classes, boxes, masks
             loss = sum(losses.values())
             (loss / args.accumulate).backward()

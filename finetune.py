@@ -85,7 +85,7 @@ def evaluate(args, model, dataset, device):
     model.eval()
     hits1, hits5, images = torch.zeros(3, dtype=torch.float64, device=device)
     autocast = launch.autocast(args, device)
-    transform = data.evaluation(args.image_size, args.eval_crop)
+    transform = data.eval_transform(args.image_size, args.eval_crop)
     loader = data.eval_loader(dataset, transform, launch.micro_batch(args), args.workers)
     for pixels, labels in loader:
         labels = labels.to(device)
@@ -140,7 +140,8 @@ def main(args):
     # The run: a new one, or from where it stopped
     identity = dict(images=len(indices), init=digest, class_names=list(val.classes))
     run = Run(args, optimizer, model_args, dict(model=model), identity)
-    transform = data.finetune(args.image_size, args.crop_min, args.randaugment, args.erasing)
+    transform = data.finetune_transform(
+        args.image_size, args.crop_min, args.randaugment, args.erasing)
     loader = data.TrainLoader(train, transform, args, run.start, run.steps, device, indices)
     mix = mixer(args, classes)
     if args.compile:
@@ -163,7 +164,7 @@ def main(args):
         launch.set_lr(optimizer, lr)                       # times each layer's own factor
         batch = next(batches)
         run.seed(step)                                      # mixup, cutmix, drop path
-        for images, labels in run.accumulate(batch, network):
+        for images, labels in run.micro_batches(batch, network):
             if mix:
                 images, labels = mix(images, labels)                           # labels (B, classes)
             with autocast:

@@ -566,7 +566,7 @@ class VisionTransformer(nn.Module):
     """
 
     def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12,
-                 positions="shared", layer_scale=0.1, drop_path=0.0, codes=0, classes=0,
+                 positions="learned", layer_scale=0.0, drop_path=0.0, codes=0, classes=0,
                  mean=HALF, std=HALF):
         super().__init__()
         if image_size % patch_size:

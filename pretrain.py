@@ -202,7 +202,7 @@ def main(args):
     make_mask = (partial(random_mask, grid, masked) if args.mae else
                  partial(block_mask, grid, masked, args.mask_block))
     transform = AugmentAndMask(augment, make_mask, args.jitter)
-    evaluation = data.evaluation(args.image_size, eval_crop)            # as the tokenizer's
+    evaluation = data.eval_transform(args.image_size, eval_crop)            # as the tokenizer's
     val_transform = AugmentAndMask(evaluation, make_mask)
 
     # The run: a new one, or from where it stopped
@@ -229,7 +229,7 @@ def main(args):
         launch.set_lr(optimizer, lr)
         batch = next(batches)
         run.seed(step)                                      # drop path
-        for (images, mask, factors), _ in run.accumulate(batch, network):
+        for (images, mask, factors), _ in run.micro_batches(batch, network):
             if args.jitter:                                 # on the device, each image its own
                 images = data.color_jitter(images, factors)
             with autocast:

@@ -418,7 +418,7 @@ def main(args):
         launch.set_lr(optimizer, lr)
         batch = next(batches)
         run.seed(step)                                      # dropout, drop path
-        for images, labels in run.accumulate(batch, network):                   # labels (B, H, W)
+        for images, labels in run.micro_batches(batch, network):               # labels (B, H, W)
             with autocast:
                 logits, aux_logits = network(images)                            # (B, classes, H, W)
             main_loss = pixel_loss(logits, labels)

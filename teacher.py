@@ -208,7 +208,7 @@ def main(args):
 
     # The run: a new one, or from where it stopped
     run = Run(args, optimizer, model_args, modules, identity=dict(images=len(dataset)))
-    views = data.teacher(args.image_size, args.crop_min)
+    views = data.teacher_views(args.image_size, args.crop_min)
     loader = data.TrainLoader(dataset, TwoViews(*views), args, run.start, run.steps, device)
     if args.compile:
         moco.compile()
@@ -226,7 +226,7 @@ def main(args):
         lr = launch.cosine(step, run.steps, warmup, args.lr)
         launch.set_lr(optimizer, lr)
         m = 1 - (1 - args.momentum) * launch.cosine(step, run.steps, 0, 1.0)   # rises to 1
-        for (x1, x2), _ in run.accumulate(next(batches), network):
+        for (x1, x2), _ in run.micro_batches(next(batches), network):
             with autocast:
                 loss, accuracy = network(x1, x2)
             (loss / args.accumulate).backward()

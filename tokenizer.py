@@ -124,7 +124,7 @@ def evaluate(args, tokenizer, perceptual, dataset, device):
     sums = {name: torch.zeros((), device=device, dtype=torch.float64)
             for name in ("psnr", "mse", "distance", "images")}
     shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-    transform = data.evaluation(args.image_size, args.eval_crop)
+    transform = data.eval_transform(args.image_size, args.eval_crop)
     loader = data.eval_loader(dataset, transform, launch.micro_batch(args), args.workers,
                               indices=shuffled.tolist())    # the pictures show all classes
     for i, (images, _) in enumerate(loader):
@@ -234,7 +234,7 @@ def main(args):
                     tokenizer.quantizer(tokenizer.encoder(x))
             tokenizer.quantizer.initialize(generator)
 
-        for x in run.accumulate(batch, *networks):
+        for x in run.micro_batches(batch, *networks):
             with autocast:
                 x_hat, _, l_commit = network(x)
                 l_pixel = F.mse_loss(x_hat.float(), x)

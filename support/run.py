@@ -184,11 +184,11 @@ class Run:
         """Seed what is drawn on the device: drop path, dropout, mixup."""
         torch.manual_seed(launch.derive_seed(self.args.seed, step, rank()))
 
-    def accumulate(self, micro_batches, *networks):
+    def micro_batches(self, batch, *networks):
         """The micro-batches of a step; DDP all-reduces the gradients at the last one."""
-        for i, micro_batch in enumerate(micro_batches, 1):
+        for i, micro_batch in enumerate(batch, 1):
             for network in networks:
-                network.require_backward_grad_sync = i == len(micro_batches)
+                network.require_backward_grad_sync = i == len(batch)
             yield micro_batch
 
     def add(self, **terms):

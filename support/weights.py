@@ -41,7 +41,7 @@ STATISTICS = {
     "half": dict(mean=HALF, std=HALF),
     "imagenet": dict(mean=IMAGENET_MEAN, std=IMAGENET_STD),
 }
-MOCO_V3 = dict(positions="absolute", layer_scale=0.0, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+EARLIER = dict(positions="shared", layer_scale=0.1)       # where our checkpoint does not say
 
 MOCO_V3_SMALL_HEADS = 12                                    # of its ViT-S; DeiT's and ours has 6
 VITS = ("teacher", "pretrain", "finetune")                  # stages whose "model" is a ViT
@@ -65,7 +65,7 @@ def load(path, stages=("teacher", "tokenizer", "pretrain", "finetune")):
     state = read_state(path, stages)
     model = restore(path, state)
     known = state["args"] | state.get("identity", {})
-    evaluation = data.evaluation(model.image_size, known.get("eval_crop", 0.875))
+    evaluation = data.eval_transform(model.image_size, known.get("eval_crop", 0.875))
     model.preprocess = T.Compose([data.open_image, evaluation])
     model.classes = class_names(state)
     return model.eval().requires_grad_(False)
@@ -139,7 +139,7 @@ def network_of(state):
     """The network of a checkpoint, with random weights."""
     if state["stage"] == "tokenizer":
         return VQTokenizer(**state["model_args"])
-    return VisionTransformer(**state["model_args"])
+    return VisionTransformer(**EARLIER | state["model_args"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def begin(args, state, image_size, classes=0):
     if state is None:                                       # from scratch: the original ViT [PeCo]
         arguments = STATISTICS["half"] | flags | dict(positions="learned")
     elif state.get("stage") in VITS:                        # ours: it says all
-        weights, arguments = state["model"], STATISTICS["half"] | state["model_args"]
+        weights, arguments = state["model"], STATISTICS["half"] | EARLIER | state["model_args"]
         unused = [f"{key} {value}" for key, value in flags.items() if arguments[key] != value]
         if unused and rank() == 0:
             say(f"{source} says otherwise, not used: {', '.join(unused)}")
@@ -216,7 +216,7 @@ def begin(args, state, image_size, classes=0):
 
     arguments = {key: value for key, value in arguments.items() if key != "codes"}
     arguments |= dict(image_size=image_size, drop_path=args.drop_path, classes=classes)
-    if arguments.get("positions", "shared") == "shared":
+    if arguments["positions"] == "shared":
         arguments["positions"] = "block"                    # BEiT; load_backbone fills each block
     with checkpoint.built_from(source) if weights else as_input_error():
         vit = VisionTransformer(**arguments)

@@ -62,7 +62,8 @@ def test_pixels_are_in_minus_one_to_one():
     pixels = data.to_pixels(Image.fromarray(ramp))
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32
     assert torch.allclose(pixels[0].flatten(), torch.linspace(-1, 1, 256), atol=1e-6)
-    for transform in (CROP, *data.teacher(16), data.evaluation(16), data.finetune(16, erasing=0)):
+    for transform in (CROP, *data.teacher_views(16), data.eval_transform(16),
+                      data.finetune_transform(16, erasing=0)):
         image = data.to_float(transform(Synthetic(number=1)[0][0]))         # as TrainLoader does
         assert image.shape == (3, 16, 16) and image.dtype == torch.float32
         assert -1 <= image.min() < image.max() <= 1
@@ -71,8 +72,8 @@ def test_pixels_are_in_minus_one_to_one():
 def test_evaluation_sees_the_centre():
     image = Image.new("RGB", (64, 32))
     image.paste((255, 255, 255), (16, 0, 48, 32))           # the central square
-    assert (data.evaluation(32, crop=1.0)(image) == 1).all()
-    assert data.evaluation(32)(Image.new("RGB", (40, 90))).shape == (3, 32, 32)
+    assert (data.eval_transform(32, crop=1.0)(image) == 1).all()
+    assert data.eval_transform(32)(Image.new("RGB", (40, 90))).shape == (3, 32, 32)
 
 
 def test_an_image_is_decoded_upright(folder):
@@ -118,7 +119,7 @@ def test_colour_jitter_is_torchvisions_by_each_images_own_factors():
 
 def test_rand_augment_takes_each_op_half_of_the_time():
     """As timm's."""
-    operations = data.finetune(32, magnitude=27).transforms[2:4]
+    operations = data.finetune_transform(32, magnitude=27).transforms[2:4]
     assert [operation.p for operation in operations] == [0.5, 0.5]
     for operation in operations:
         (augment,) = operation.transforms
@@ -133,9 +134,9 @@ def test_the_crops_and_blurs_of_the_stages_are_the_papers():
     def mode(transform):
         return InterpolationMode(of(transform, "RandomResizedCrop")[0].interpolation).value
 
-    assert mode(data.crop_and_flip(32)) == mode(data.finetune(32)) == "bicubic"
+    assert mode(data.crop_and_flip(32)) == mode(data.finetune_transform(32)) == "bicubic"
     for size, kernel, odds in ((32, 3, (0, 0)), (64, 7, (1, 0.1)), (224, 23, (1, 0.1))):
-        for view, p in zip(data.teacher(size), odds, strict=True):
+        for view, p in zip(data.teacher_views(size), odds, strict=True):
             assert mode(view) == "bilinear"
             (blur,) = of(view, "GaussianBlur")
             assert blur.transforms[0].kernel_size[0] == kernel and blur.p == p
@@ -261,7 +262,7 @@ def test_image_folder(folder):
     dataset = data.load_dataset("set", "train", 16)
     assert len(data.load_images("set", "train", 16)) == 4
     assert dataset.classes == ["ant", "bee"] and dataset.targets == [0, 0, 1, 1]
-    images, labels = next(iter(data.eval_loader(dataset, data.evaluation(16), 4, 0)))
+    images, labels = next(iter(data.eval_loader(dataset, data.eval_transform(16), 4, 0)))
     assert images.shape == (4, 3, 16, 16) and labels.tolist() == [0, 0, 1, 1]
 
 

@@ -99,7 +99,7 @@ def test_preprocess_takes_files_and_images(chain):
 
 
 def test_preprocess_crops_as_the_runs_evaluation_did(chain):
-    whole, cropped = data.evaluation(32, 1.0), data.evaluation(32, 0.875)
+    whole, cropped = data.eval_transform(32, 1.0), data.eval_transform(32, 0.875)
     for run_of, expected in ((chain.tokenizer, whole), (chain.pretrain, whole),
                              (chain.teacher, cropped)):
         assert torch.equal(weights.load(run_of).preprocess(IMAGE), expected(IMAGE))
@@ -205,7 +205,7 @@ def test_the_processor_crops_at_any_size(size, crop, chain):
     processor = transformers.AutoImageProcessor.from_pretrained(".")
     wide = waves(500, 1000)
     theirs = processor(wide, return_tensors="pt").pixel_values[0]
-    ours = data.evaluation(size, crop)(wide)
+    ours = data.eval_transform(size, crop)(wide)
     assert theirs.shape == ours.shape
     assert (theirs - ours).abs().mean() < 0.02
 

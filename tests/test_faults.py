@@ -468,8 +468,8 @@ def test_images_of_all_kinds(kind, folder):
     path.parent.mkdir(parents=True)
     image_of_kind(kind).save(path)
     dataset = data.load_dataset("set", "train", 32)
-    evaluated = data.evaluation(32, 1.0)
-    for transform in (data.crop_and_flip(32), *data.teacher(32), data.finetune(32)):
+    evaluated = data.eval_transform(32, 1.0)
+    for transform in (data.crop_and_flip(32), *data.teacher_views(32), data.finetune_transform(32)):
         pixels, _ = data.Samples(dataset, transform, 0)[0, 0]
         assert pixels.shape == (3, 32, 32)
     pixels = data.Samples(dataset, evaluated, 0)[0, 0][0]

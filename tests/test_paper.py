@@ -197,7 +197,7 @@ def download(url, **_):
     if name == "moco_v3_resnet50":
         return as_moco_v3(tiny_resnet50(), head="fc")
     assert name == "moco_v3"
-    return as_moco_v3(VisionTransformer(**SIZES["base"], **weights.MOCO_V3))
+    return as_moco_v3(VisionTransformer(**SIZES["base"], positions="absolute"))
 
 
 def deit_tiny(name, pretrained):

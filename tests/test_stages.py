@@ -173,7 +173,7 @@ def test_an_evaluation_of_pretraining_is_the_mean_over_its_images(chain):
     torch.manual_seed(0)
     vit, _, _ = pretrain.build(args, codes=32)
     transform = pretrain.AugmentAndMask(
-        data.evaluation(32, 1.0), lambda: model.block_mask(4, 6, 2))
+        data.eval_transform(32, 1.0), lambda: model.block_mask(4, 6, 2))
     losses = []
     for index in range(len(dataset)):
         image, mask, _ = data.Samples(dataset, transform, seed=0)[0, index][0]

@@ -80,7 +80,7 @@ def main(args):
     trained = checkpoint.load(args.run, ["finetune"])["args"]
     model = load(args.run, ["finetune"]).to(device)
     dataset = data.load_dataset(args.data or trained["data"], "val", trained["image_size"])
-    transform = data.evaluation(trained["image_size"], trained["eval_crop"])
+    transform = data.eval_transform(trained["image_size"], trained["eval_crop"])
     # Drawn, since the first of a folder are all of one class
     shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     images = shuffled[:args.images].tolist()

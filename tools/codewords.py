@@ -91,7 +91,7 @@ def reconstruction_row(args, tokenizer, classifier, perceptual, device):
 
 def batches(args, split):
     dataset = data.load_dataset(args.data, split, args.image_size)
-    transform = data.evaluation(args.image_size, args.eval_crop)
+    transform = data.eval_transform(args.image_size, args.eval_crop)
     return data.eval_loader(dataset, transform, args.batch_size, args.workers)
 
 

@@ -42,7 +42,7 @@ def get_args(argv=None):
 @torch.no_grad()
 def extract(args, model, dataset, device, indices=None):
     """Features (images, D) and labels (images,) of a dataset."""
-    transform = data.evaluation(args.image_size, args.eval_crop)
+    transform = data.eval_transform(args.image_size, args.eval_crop)
     last = [len(model.blocks)]
     features, labels = [], []
     for images, targets in data.eval_loader(
