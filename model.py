@@ -16,7 +16,7 @@ Shapes, at the right margin:
     M masked patches    V visible patches of an image
 
 Conventions: pixels are in [-1, 1]; masks are True where a patch is masked; patches and codes run
-row by row from the top left. Arguments that do not fit raise ValueError.
+row by row from the top left. Sizes that do not fit one another raise ValueError.
 """
 import functools
 import itertools
@@ -60,8 +60,8 @@ class Quantizer(nn.Module):
     (VQ-VAE, appendix A.1; PeCo's default). Everything is computed in fp32, under autocast too:
     distances in half precision find wrong neighbours.
 
-    In training, forward only keeps the batch's vectors. update(), called where the optimizer
-    steps, moves the codebook by those of the global batch, the same way on all ranks.
+    In training, forward keeps the batch's vectors. initialize() makes codes of the first ones;
+    update(), where the optimizer steps, moves the codebook by them. All ranks end up the same.
 
     size: K; dim: D of a code; decay: γ of the averages, per step; revive: codes used less than
     this fraction of the mean are re-initialised from the batch (our choice).
@@ -472,11 +472,10 @@ def adversarial(discriminator, wrapped, x, x_hat):
 # 4  The Vision Transformer (Eq. 6)
 
 class Attention(nn.Module):
-    """Multi-head self-attention.
+    """Multi-head self-attention; positions as of VisionTransformer.
 
-    positions: "block" has a relative position bias of its own, "shared" takes the one of all blocks
-    in forward, "learned" and "absolute" have none. All but "absolute" (MoCo v3's plain ViT) have
-    BEiT's biases: of queries and values, not of keys.
+    All but "absolute" (MoCo v3's plain ViT) have BEiT's biases: of queries and values, not of keys.
+    A "block" has a relative position bias of its own; the "shared" one is handed to forward.
     """
 
     def __init__(self, dim, heads, grid, positions):
@@ -561,14 +560,15 @@ class VisionTransformer(nn.Module):
     codes: K of the codebook, for masked image modelling: forward(images, mask) → (M, K).
     classes: for classification, from the mean of the patches: forward(images) → (B, classes).
     With neither, forward(images) → normalised tokens (B, 1+N, D).
-    mean, std: statistics of the network's inputs, of pixels in [0, 1]. Whatever they are,
-        images come in [-1, 1]: the network normalises them itself.
+    mean, std: of the network's own inputs, of pixels in [0, 1]. Images always come in [-1, 1].
     """
 
     def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12,
                  positions="learned", layer_scale=0.0, drop_path=0.0, codes=0, classes=0,
                  mean=HALF, std=HALF):
         super().__init__()
+        if positions not in ("learned", "shared", "block", "absolute") or dim % heads:
+            raise ValueError(f"positions {positions!r}, {heads} heads of a width of {dim}: unknown")
         if image_size % patch_size:
             multiple = image_size // patch_size * patch_size or patch_size
             raise ValueError(f"image size {image_size} is no multiple of patch size {patch_size}: "

@@ -6,7 +6,8 @@ The same ViT is fine-tuned the same way on few labels: from scratch, after pre-t
 codes (λ = 0), and after pre-training on PeCo's (λ = 1). The perceptual network is a supervised one
 (a row of the paper's Table 5), trained on sixteen other shapes: it has seen neither a label nor a
 shape of the ten that are asked for. Two chains of stages run side by side, a core each. It fails
-unless PeCo's codes beat pixel codes, and those no pre-training, by more than two standard errors.
+unless PeCo's codes beat pixel codes, and those no pre-training, by more than two standard errors
+over the seeds of fine-tuning. There is one pre-training for each kind of codes.
 """
 import contextlib
 import json
@@ -46,7 +47,7 @@ def chain(arm):
         yield tokenizer, "tokenizer", ""
         yield pretrain, "pretrain", ""
         starts = {"peco": f"{FOLDER}/pretrain"}
-    else:                                                   # needs no network, so it has the time
+    else:                                                   # the shorter chain has time for both
         yield tokenizer, "tokenizer-pixel", "--perceptual-weight 0"
         yield pretrain, "pretrain-pixel", f"--tokenizer {FOLDER}/tokenizer-pixel"
         starts = {"pixel": f"{FOLDER}/pretrain-pixel", "scratch": "none"}
