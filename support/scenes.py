@@ -50,7 +50,7 @@ def cross(u, v):
     return (near < 0.28) & (far < 0.95)
 
 
-def within(u, v, width, height):
+def rect(u, v, width, height):
     """A rectangle of so much to each side."""
     return (np.abs(u) < width) & (np.abs(v) < height)
 
@@ -73,16 +73,16 @@ OTHERS = {
                  (-0.25, -0.4), (-0.8, -0.4)),
     "Y": polygon((-0.9, -0.9), (-0.45, -0.9), (0, -0.3), (0.45, -0.9), (0.9, -0.9), (0.25, 0.05),
                  (0.25, 0.9), (-0.25, 0.9), (-0.25, 0.05)),
-    "H": lambda u, v: within(u, v, 0.8, 0.9) & ((np.abs(u) > 0.35) | (np.abs(v) < 0.25)),
-    "E": lambda u, v: within(u, v, 0.7, 0.9) & ((u < -0.25) | (np.abs(np.abs(v) - 0.45) > 0.22)),
-    "S": lambda u, v: within(u, v, 0.7, 0.9) & ((np.abs(np.abs(v) - 0.45) > 0.22) | (u * v > 0.15)),
+    "H": lambda u, v: rect(u, v, 0.8, 0.9) & ((np.abs(u) > 0.35) | (np.abs(v) < 0.25)),
+    "E": lambda u, v: rect(u, v, 0.7, 0.9) & ((u < -0.25) | (np.abs(np.abs(v) - 0.45) > 0.22)),
+    "S": lambda u, v: rect(u, v, 0.7, 0.9) & ((np.abs(np.abs(v) - 0.45) > 0.22) | (u * v > 0.15)),
     "bolt": polygon((0.2, -1), (-0.6, 0.2), (-0.05, 0.2), (-0.2, 1), (0.6, -0.25), (0.05, -0.25)),
-    "arch": lambda u, v: within(u, v, 0.85, 0.85) & ((np.abs(u) > 0.4) | (v < -0.35)),
-    "dumbbell": lambda u, v: ((np.abs(u) - 0.65) ** 2 + v * v < 0.12) | within(u, v, 0.65, 0.14),
+    "arch": lambda u, v: rect(u, v, 0.85, 0.85) & ((np.abs(u) > 0.4) | (v < -0.35)),
+    "dumbbell": lambda u, v: ((np.abs(u) - 0.65) ** 2 + v * v < 0.12) | rect(u, v, 0.65, 0.14),
     "hourglass": lambda u, v: (np.abs(v) < 0.85) & (np.abs(u) < 0.12 + 0.7 * np.abs(v)),
     "wedge": lambda u, v: (u * u + v * v < 0.85) & (u < 0.8 * np.abs(v)),
     "chevron": polygon((-0.9, 0.3), (0, -0.7), (0.9, 0.3), (0.9, 0.8), (0, -0.1), (-0.9, 0.8)),
-    "frame": lambda u, v: within(u, v, 0.85, 0.85) & ~within(u, v, 0.4, 0.4),
+    "frame": lambda u, v: rect(u, v, 0.85, 0.85) & ~rect(u, v, 0.4, 0.4),
     "house": polygon((0, -0.95), (0.7, -0.15), (0.7, 0.85), (-0.7, 0.85), (-0.7, -0.15)),
     "trapezoid": polygon((-0.3, -0.6), (0.3, -0.6), (0.95, 0.6), (-0.95, 0.6)),
     "drop": lambda u, v: (u * u + (v - 0.3) ** 2 < 0.4) | ((v < 0.1) & (np.abs(u) < 0.5 * (v + 1))),
