@@ -457,8 +457,8 @@ def adversarial(discriminator, wrapped, x, x_hat):
 
     x, x_hat: (B, 3, H, W). wrapped: the discriminator in DDP, for its own gradient. Returns two
     scalars, the tokenizer's loss, −log D(x̂), and D's, −log D(x) − log(1 − D(x̂)); each has a
-    gradient to its own network alone. log(1 − D(x̂)), as printed, has hardly any gradient while D is
-    right: we take the non-saturating form of Goodfellow et al. (2014), our choice.
+    gradient to its own network alone. log(1 − D(x̂)), as printed, has hardly any gradient while D
+    is right: we take the non-saturating form of Goodfellow et al. (2014), our choice.
     """
     fixed = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
     logits = torch.func.functional_call(discriminator, fixed, x_hat)        # of x̂ (B, 1, h, w)
