@@ -6,7 +6,6 @@ deterministic by (seed, split, index). Sixteen other shapes, none of which is on
 what ImageNet is to the paper: the demo's perceptual network learns them. All numbers are our
 choice.
 """
-import colorsys
 import functools
 import math
 
@@ -247,12 +246,7 @@ def instances(boxes, labels, masks):
 
 def palette(number):
     """Colours for masks in pictures, neighbours far apart (torchvision's own begin with black)."""
-    colours = []
-    for i in range(number):
-        hue = 0.618 * i % 1                                 # the golden ratio spreads them
-        red, green, blue = colorsys.hsv_to_rgb(hue, 0.9, 1.0)
-        colours.append((round(255 * red), round(255 * green), round(255 * blue)))
-    return colours
+    return [f"hsl({222 * i % 360}, 100%, 55%)" for i in range(number)]      # by the golden angle
 
 
 def synthetic_number(name, split):

@@ -22,7 +22,7 @@ CEILINGS = {                                                # lines; they only e
     "teacher": 245, "tokenizer": 265, "pretrain": 250, "finetune": 215, "segment": 438,
     "detect": 410, "model": 982, "data": 436, "support/launch": 310, "support/flags": 150,
     "support/checkpoint": 144, "support/recipes": 214, "support/run": 320, "support/weights": 486,
-    "support/scenes": 268,
+    "support/scenes": 262,
 }
 ALONE = """
 from model import VisionTransformer, VQTokenizer, block_mask
