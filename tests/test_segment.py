@@ -7,22 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import COMMON, run
+from helpers import fails, log, newest, pixels, seeded, tiny_vit
 from PIL import Image
-from test_stages import fails, log, newest
 from torchvision import tv_tensors
 from torchvision.transforms import v2 as T
 
 import data
 import detect
-import model
 import segment
-from support import checkpoint, weights
+from support import weights
 from support.launch import InputError
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
 
 # ------------------------------------------------------------------------------------------------
 # Data
@@ -33,40 +27,37 @@ def test_the_two_targets_of_a_scene_agree():
     assert masks.classes == ["ground", *objects.classes]
     assert len(masks) == len(objects) == 20
     for index in range(20):
-        one, classes = masks[index]
-        other, target = objects[index]
-        assert one.tobytes() == other.tobytes()
+        (image, classes), (same, target) = masks[index], objects[index]
+        assert image.tobytes() == same.tobytes()
+        boxes, found = target["boxes"].tolist(), target["masks"].bool()
         expected = torch.ones(32, 32, dtype=torch.uint8)
-        for label, mask in zip(target["labels"], target["masks"], strict=True):
-            assert (expected[mask.bool()] == 1).all()       # no pixel has two owners
-            expected[mask.bool()] = label + 1
-        for box, mask in zip(target["boxes"].tolist(), target["masks"], strict=True):
-            ys, xs = torch.where(mask.bool())
+        for label, box, mask in zip(target["labels"], boxes, found, strict=True):
+            assert (expected[mask] == 1).all()              # no pixel has two owners
+            expected[mask] = label + 1
+            ys, xs = torch.where(mask)
             assert box == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
         assert torch.equal(classes, expected)
-    val = segment.load_dataset("synthetic:20", "val", 32, 0)
-    assert val[3][0].tobytes() != masks[3][0].tobytes()
 
 
 @pytest.fixture
 def ade(folder):
-    """A dataset in ADE20K's layout: noise, its lighter upper half class 1, the rest class 2.
+    """ADE20K's layout: noise, its lighter upper half class 1, the rest 2 but for a corner of 0.
 
-    A corner is ignored. Eight images to train on and half as many to validate, each wider than the
-    one before.
+    Each image of a split is wider than the one before.
     """
     rng = np.random.default_rng(0)
     for split, number in (("training", 8), ("validation", 4)):
-        for kind in ("images", "annotations"):
-            (folder / "ade" / kind / split).mkdir(parents=True)
+        images, annotations = (folder / "ade" / kind / split for kind in ("images", "annotations"))
+        images.mkdir(parents=True)
+        annotations.mkdir(parents=True)
         for i in range(number):
             labels = np.full((30, 40 + 4 * i), 2, np.uint8)
             labels[:15] = 1
             labels[:5, :5] = 0
-            pixels = rng.integers(0, 100, (*labels.shape, 3)) + 120 * (labels == 1)[..., None]
-            image = Image.fromarray(pixels.astype(np.uint8))
-            image.save(folder / "ade" / "images" / split / f"{i}.jpg")
-            Image.fromarray(labels).save(folder / "ade" / "annotations" / split / f"{i}.png")
+            image = rng.integers(0, 100, (*labels.shape, 3), np.uint8)
+            image[labels == 1] += 120
+            Image.fromarray(image).save(images / f"{i}.jpg")
+            Image.fromarray(labels).save(annotations / f"{i}.png")
     return folder / "ade"
 
 
@@ -82,12 +73,16 @@ def rewrite(ade, change):
 
 
 def test_ade20k_layout(ade):
+    """Its images are what all stages take for images."""
+    images = ade / "images" / "training"
+    (images / "7.jpg").rename(images / "7.TIF")
+    for other in ("._0.jpg", "notes.txt"):                  # macOS's
+        (images / other).touch()
     dataset = load()
     assert len(dataset) == 8 and len(load("val")) == 4
-    image, labels = dataset[1]
-    assert image.size == (44, 30) and labels.shape == (30, 44)
-    pixels, labels = data.Samples(dataset, segment.eval_transform(16), 0)[0, 1]
-    assert pixels.shape == (3, 16, 23) and labels.shape == (30, 44)
+    assert [str(file) for file, _ in dataset.samples] == data.image_files("ade/images/training")
+    image, labels = data.Samples(dataset, segment.eval_transform(16), 0)[0, 1]
+    assert image.shape == (3, 16, 23) and labels.shape == (30, 44)
     assert labels.unique().tolist() == [0, 1, 2]
 
 
@@ -100,8 +95,8 @@ def test_classes_above_255_and_255_as_unlabelled(number, classes, expected, ade)
 
 def test_one_class_alone_is_warned_of(ade, capsys):
     """As masks of 0 and 1 have it, where 0 is meant as a class."""
-    rewrite(ade, lambda labels: (labels == 1).astype(np.uint8))
     args = segment.get_args(["--data", "ade"])
+    rewrite(ade, lambda labels: (labels == 1).astype(np.uint8))
     segment.check_classes(args, "training", load())
     assert "--data ade" in capsys.readouterr().err
     rewrite(ade, lambda labels: 0 * labels)
@@ -124,15 +119,17 @@ def test_bad_annotations_are_named(ade, capsys):
     (ade / "images" / "validation").rename(ade / "images" / "test")
     with pytest.raises(InputError, match="ade: .*images/validation"):
         load("val")
+    (ade / "images" / "validation").mkdir()
+    with pytest.raises(InputError, match="ade/images/validation: no images"):
+        load("val")
 
 
 def test_images_are_resized_without_antialiasing():
     """As F.interpolate does it, but for the rounding to whole levels."""
-    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
-    image = Image.fromarray(pixels)
-    x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+    image = T.functional.to_pil_image(torch.rand(3, 30, 50, generator=seeded()))
+    x = T.functional.pil_to_tensor(image)[None].float()
     for size, shape in ((18, (18, 30)), (45, (45, 75)), (30, (30, 50))):
-        resized = torch.from_numpy(np.array(segment.rescale(image, size))).permute(2, 0, 1)
+        resized = T.functional.pil_to_tensor(segment.rescale(image, size))
         assert resized.shape == (3, *shape)
         assert (resized - F.interpolate(x, shape, mode="bilinear")[0]).abs().max() < 1.01
     assert segment.rescale(Image.new("RGB", (1, 900)), 16).size == (1, 64)     # no side is lost
@@ -141,19 +138,18 @@ def test_images_are_resized_without_antialiasing():
 def test_training_crops_follow_the_labels(ade):
     """The same draw for image and labels; what lies outside the image is ignored."""
     samples = data.Samples(load(), segment.train_transform(48), 0)
-    sizes = set()
-    outside = compared = 0
+    heights, outside, compared = set(), 0, 0
     for epoch in range(12):
-        pixels, labels = samples[epoch, 2]
-        assert pixels.shape == (3, 48, 48)
-        assert labels.shape == (48, 48) and labels.dtype == torch.uint8
-        sizes.add(int((labels > 0).any(1).sum()))
-        light, dark = (pixels.mean(0)[labels == c] for c in (1, 2))
+        image, labels = samples[epoch, 2]
+        assert image.shape == (3, 48, 48)
+        assert labels.shape == (48, 48)
+        heights.add(int((labels > 0).any(1).sum()))
+        outside += int((labels == 0).sum() > 100)
+        light, dark = (image.mean(0)[labels == c] for c in (1, 2))
         if len(light) > 20 and len(dark) > 20:
             compared += 1
             assert light.mean() > dark.mean() + 0.1         # jittered or not
-        outside += int((labels == 0).sum() > 100)
-    assert len(sizes) > 2 and outside and compared > 6
+    assert len(heights) > 2 and outside and compared > 6
 
 
 def test_a_crop_of_one_class_is_drawn_again():
@@ -172,36 +168,28 @@ def test_a_crop_of_one_class_is_drawn_again():
 # ------------------------------------------------------------------------------------------------
 # Network, loss, schedule
 
-def tiny():
-    torch.manual_seed(0)
-    vit = model.VisionTransformer(16, 4, dim=32, depth=4, heads=2, positions="block",
-                                  layer_scale=0.1)
-    return segment.Segmenter(vit, classes=3)
-
-
 def test_segmenter_takes_any_size_and_every_weight_learns():
-    network = tiny()
+    torch.manual_seed(0)
+    network = segment.Segmenter(tiny_vit(depth=4, positions="block"), classes=3)
     for height, width in ((32, 20), (13, 22), (16, 16)):
-        images = torch.rand(2, 3, height, width, generator=seeded()) * 2 - 1
+        images = pixels(2, 3, height, width)
         logits, aux = network.train()(images)
         assert logits.shape == aux.shape == (2, 3, height, width)
         assert network.eval()(images).shape == (2, 3, height, width)
     labels = torch.ones(2, 16, 16)
     (segment.pixel_loss(logits, labels) + segment.pixel_loss(aux, labels)).backward()
     for name, p in network.named_parameters():
-        if "relative_position_bias" not in name:
-            assert p.grad is not None and p.grad.abs().sum() > 0, name
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
 def test_pixel_loss_against_a_plain_loop():
     logits = torch.randn(2, 3, 4, 5, generator=seeded())
     labels = torch.randint(0, 4, (2, 4, 5), generator=seeded(1), dtype=torch.uint8)
-    expected = 0.0
-    for b, y, x in np.ndindex(2, 4, 5):
-        if labels[b, y, x]:
-            probability = logits[b, :, y, x].softmax(0)[int(labels[b, y, x]) - 1]
-            expected -= math.log(probability) / 40
-    assert 0 < int((labels == 0).sum()) < 40
+    expected, labelled = 0.0, labels.nonzero().tolist()
+    for b, y, x in labelled:
+        probability = logits[b, :, y, x].softmax(0)[int(labels[b, y, x]) - 1]
+        expected -= math.log(probability) / 40
+    assert 0 < len(labelled) < 40
     assert segment.pixel_loss(logits, labels).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -219,84 +207,61 @@ def test_scores_against_plain_counting():
     predicted = torch.randint(1, 5, (3, 7, 9), generator=seeded())
     labels = torch.randint(0, 4, (3, 7, 9), generator=seeded(1))
     # so class 4 is predicted, but never there, and class 5 neither
-    confusion = torch.zeros(5, 5, dtype=torch.int64)
-    for one, truth in zip(predicted, labels, strict=True):
-        confusion += segment.confusion_matrix(one[None], truth[None], 5)
+    confusion = segment.confusion_matrix(predicted, labels, 5)
     both = zip(labels.flatten().tolist(), predicted.flatten().tolist(), strict=True)
     pairs = [(t, p) for t, p in both if t]
-    for t in range(1, 6):
-        for p in range(1, 6):
-            assert confusion[t - 1, p - 1] == pairs.count((t, p))
-    hits = {c: 100 * pairs.count((c, c)) for c in range(1, 6)}
+    classes = range(1, 6)
+    assert confusion.tolist() == [[pairs.count((t, p)) for p in classes] for t in classes]
+    hits = {c: 100 * pairs.count((c, c)) for c in classes}
     ious = [hits[c] / sum(c in pair for pair in pairs) for c in range(1, 5)]
     accuracies = [hits[c] / sum(t == c for t, _ in pairs) for c in range(1, 4)]
     iou, accuracy, row = segment.scores(confusion)
     assert iou[:4].tolist() == pytest.approx(ious) and iou[4].isnan()
     assert accuracy[:3].tolist() == pytest.approx(accuracies) and accuracy[3:].isnan().all()
-    assert row["miou"] == pytest.approx(sum(ious) / 4)
-    assert row["mean_accuracy"] == pytest.approx(sum(accuracies) / 3)
-    right = sum(t == p for t, p in pairs)
-    assert row["pixel_accuracy"] == pytest.approx(100 * right / len(pairs))
+    means = dict(miou=sum(ious) / 4, mean_accuracy=sum(accuracies) / 3,
+                 pixel_accuracy=sum(hits.values()) / len(pairs))
+    assert row == pytest.approx(means)
 
 
 def test_sliding_windows():
-    windows = []
-
-    def place(crop):                                        # logits that tell the window: its mean
-        windows.append((crop[0, 0, 0, 0].item(), tuple(crop.shape[2:])))
-        return crop[:, :1] * 0 + crop.mean()
-
-    images = torch.arange(16 * 37.0).view(1, 1, 16, 37).repeat(1, 3, 1, 1)
-    logits = segment.slide(place, images, 16)[0, 0]
-    lefts = (0, 10, 20, 21)
-    assert windows == [(left, (16, 16)) for left in lefts]
-    means = {left: images[0, 0, :, left:left + 16].mean() for left in lefts}
+    """A window's logits are its mean here, which tells it: where windows overlap, theirs count."""
+    images = torch.arange(16 * 37.0).view(1, 1, 16, 37)
+    logits = segment.slide(lambda crop: 0 * crop + crop.mean(), images, 16)[0, 0]
     for x in range(37):
-        inside = [means[left] for left in lefts if left <= x < left + 16]
-        assert torch.allclose(logits[:, x], sum(inside) / len(inside) * torch.ones(16))
-
-
-class LighterHalf(torch.nn.Module):
-    """Class 1 where the image is light, class 2 where it is dark."""
-
-    def forward(self, images):
-        return torch.stack([images.mean(1), -images.mean(1)], 1) * 9
+        lefts = [left for left in (0, 10, 20, 21) if left <= x < left + 16]
+        means = torch.stack([images[..., left:left + 16].mean() for left in lefts])
+        assert torch.allclose(logits[:, x], means.mean())
 
 
 def test_evaluation_at_each_images_own_size(ade):
-    """A network that sees the lighter half: the scores are those of counting by hand."""
+    """It takes each pixel by itself: without windows the scores are the same."""
+    network = torch.nn.Conv2d(3, 2, 1, bias=False)          # light is class 1, dark is class 2
+    network.weight.data[:] = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
     dataset = load("val")
     args = segment.get_args([*COMMON, "--image-size", "30", "--output", "."])
-    row = segment.evaluate(args, LighterHalf(), dataset, torch.device("cpu"))
+    row = segment.evaluate(args, network, dataset, torch.device("cpu"))
     assert 90 < row["miou"] < row["mean_accuracy"] < 100
     assert len(Path("classes.md").read_text().splitlines()) == 4
-    sizes = [Image.open(f"picture-{i}.png").size for i in range(4)]
-    assert sizes == [(3 * (40 + 4 * i), 30) for i in range(4)]
-    # each pixel by itself: without windows the same
     samples = data.Samples(dataset, segment.eval_transform(30), 0)
-    confusion = torch.zeros(2, 2, dtype=torch.int64)
+    confusion = 0
     for index in range(4):
         image, labels = samples[0, index]
-        predicted = LighterHalf()(image[None]).argmax(1) + 1
+        predicted = network(image[None]).argmax(1) + 1
         confusion += segment.confusion_matrix(predicted, labels[None], 2)
+        assert Image.open(f"picture-{index}.png").size == (3 * (40 + 4 * index), 30)
     assert row == dict(segment.scores(confusion)[2], images=4)
 
 
 # ------------------------------------------------------------------------------------------------
 # The stage
 
-@pytest.mark.parametrize("init", ["pretrain", "finetune", "teacher", "beit.pth"])
-def test_training_begins_from_the_pre_trained_weights(init, chain):
-    if init == "beit.pth":
-        torch.save(dict(model=newest(chain.pretrain)["model"]), "beit.pth")
-    init = str(getattr(chain, init, init))
-    flags = ["--init", init, "--image-size", "64", "--drop-path", "0.1"]    # at another size too
-    args = segment.get_args([*COMMON, *flags])
+def test_training_begins_from_the_pre_trained_weights(chain):
+    flags = ["--image-size", "64", "--drop-path", "0.1"]    # of another size than pre-training
+    args = segment.get_args([*COMMON, *chain.inputs["segment"], *flags])
     state, _ = weights.read(args)
     vit = segment.build(args, 11, state)[0].backbone.vit
-    source = checkpoint.load(init)["model"]
     for name in ("blocks.0.mlp.fc1.weight", "blocks.3.mlp.fc2.weight"):
-        assert torch.equal(vit.get_parameter(name), source[name])
+        assert torch.equal(vit.get_parameter(name), state["model"][name])
     assert vit.blocks[3].drop_path.p == pytest.approx(0.1)
 
 
@@ -314,17 +279,13 @@ def test_evaluation_repeats_what_the_training_logged(chain):
     assert (chain.segment / "classes.md").read_text() == Path("again/classes.md").read_text()
 
 
-def test_checkpoints_that_do_not_fit_are_refused(chain, ade, capsys):
-    evaluation = ["--eval", "--init", str(chain.segment)]
-    message = fails(capsys, "segment", *evaluation, "--data", "ade", "--classes", "3")
-    assert "--data ade" in message
-    evaluation[-1] = str(chain.pretrain)
-    assert str(chain.pretrain) in fails(capsys, "segment", *evaluation)
-    assert str(chain.segment) in fails(capsys, "segment", "--init", str(chain.segment))
-
-
-def test_batch_norm_of_one_image_is_refused(capsys):
-    flags = ["--init", "none", "--accumulate", "16"]
+def test_what_cannot_be_segmented_is_refused(chain, ade, capsys):
+    own, before = str(chain.segment), str(chain.pretrain)
+    flags = ["--data", "ade", "--classes", "3"]
+    assert "--data ade" in fails(capsys, "segment", "--eval", "--init", own, *flags)
+    assert before in fails(capsys, "segment", "--eval", "--init", before)
+    assert own in fails(capsys, "segment", "--init", own)
+    flags = ["--init", "none", "--accumulate", "16"]        # batch norm of one image
     assert "--batch-size 16" in fails(capsys, "segment", *flags)
 
 
