@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import COMMON, run
+from helpers import fails, log, newest, pixels, seeded, tiny_vit
 from PIL import Image
-from test_stages import fails, log, newest
 
 import data
 import detect
-import model
 from support import weights
 from support.launch import InputError
 
@@ -20,16 +19,14 @@ pytestmark = pytest.mark.skipif(
     detect.COCO is None, reason="pycocotools is not installed: requirements-extra.txt")
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
+# ------------------------------------------------------------------------------------------------
+# Data
 
 @pytest.fixture
 def coco(folder):
-    """A dataset in COCO's layout, with all that occurs in the real one: categories 3, 7 and 90.
+    """COCO's layout, with what occurs in the real one, such as categories 3, 7 and 90.
 
-    In each split image 10 has no objects, image 11 only a crowd, image 12 is grey, image 13 has a
-    box without height.
+    Image 10 has no objects, 11 only a crowd; 12 is grey; 13 has a box without height.
     """
     rng = np.random.default_rng(0)
     root = folder / "coco"
@@ -42,13 +39,11 @@ def coco(folder):
             files.append(dict(id=number, file_name=name, height=48, width=64))
             for annotation in annotations_of(number):
                 annotations.append(dict(annotation, id=len(annotations) + 1, image_id=number))
-            pixels = rng.integers(0, 90, (48, 64, 3)).astype(np.uint8)
+            image = rng.integers(0, 90, (48, 64, 3), np.uint8)
             if number > 11:
-                pixels[10:26, 8:28] += 130
-                pixels[20:44, 40:56, number % 3] += 130
-            image = Image.fromarray(pixels)
-            if number == 12:
-                image = image.convert("L")
+                image[10:26, 8:28] += 130
+                image[20:44, 40:56, number % 3] += 130
+            image = Image.fromarray(image).convert("L" if number == 12 else "RGB")
             image.save(root / f"{split}2017" / name)
         names = {90: "toothbrush", 3: "car", 7: "train"}
         categories = [dict(id=i, name=name) for i, name in names.items()]
@@ -62,25 +57,17 @@ def annotations_of(number):
     if number == 10:
         return []
     if number == 11:                                # the upper 20 rows: 20 and 28 of each column
-        counts = [0] + [20, 28] * 64
-        crowd = dict(size=[48, 64], counts=counts)
-        return [annotation(7, [0, 0, 64, 20], iscrowd=1, segmentation=crowd)]
-    found = [annotation((3, 90)[number % 2], [8, 10, 20, 16]), annotation(7, [40, 20, 16, 24])]
-    if number == 13:
-        flat = [[30, 30, 40, 30, 40, 30, 30, 30]]
-        found.append(annotation(90, [30, 30, 10, 0], segmentation=flat))
-    return found
+        crowd = dict(size=[48, 64], counts=[0] + [20, 28] * 64)
+        return [rectangle(7, 0, 0, 64, 20) | dict(iscrowd=1, segmentation=crowd)]
+    flat = [rectangle(90, 30, 30, 10, 0)] if number == 13 else []
+    return [rectangle((3, 90)[number % 2], 8, 10, 20, 16), rectangle(7, 40, 20, 16, 24), *flat]
 
 
-def annotation(category, box, **more):
-    x, y, w, h = box
+def rectangle(category, x, y, w, h):
     polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
-    plain = dict(category_id=category, bbox=box, area=w * h, iscrowd=0, segmentation=[polygon])
-    return plain | more
+    return dict(category_id=category, bbox=[x, y, w, h], area=w * h, iscrowd=0,
+                segmentation=[polygon])
 
-
-# ------------------------------------------------------------------------------------------------
-# Data
 
 def load(split="train"):
     return detect.load_dataset("coco", split, 0)
@@ -89,36 +76,30 @@ def load(split="train"):
 def test_coco_layout(coco):
     dataset = load()
     assert dataset.classes == ["car", "train", "toothbrush"] and dataset.category_ids == [3, 7, 90]
-    assert len(dataset) == 10
     assert dataset.with_objects() == [2, 3, 4, 5, 6, 7, 8, 9]       # not that with a crowd alone
     samples = data.Samples(dataset, detect.transform(train=False), 0)
     expected = [[], [], [1, 2], [3, 2], [1, 2], [3, 2]]     # without the flat box of image 13
     for index, labels in enumerate(expected):
-        pixels, target = samples[0, index]
-        assert pixels.shape == (3, 48, 64) and pixels.min() >= -1       # grey ones too
+        image, target = samples[0, index]
+        assert image.shape == (3, 48, 64) and image.min() >= -1         # grey ones too
         assert target["labels"].tolist() == labels
         assert target["masks"].shape == (len(labels), 48, 64)
+        assert target["boxes"].shape == (len(labels), 4)
         if labels:
             assert target["boxes"].tolist() == [[8, 10, 28, 26], [40, 20, 56, 44]]
-            mask = target["masks"][0]
-            assert mask[10:26, 8:28].all() and mask.sum() == 20 * 16
-        else:
-            assert target["boxes"].shape == (0, 4)
 
 
 def test_boxes_and_masks_are_flipped_with_the_image(coco):
-    dataset = load()
-    samples = data.Samples(dataset, detect.transform(train=True), 0)
+    samples = data.Samples(load(), detect.transform(train=True), 0)
     seen = set()
     for epoch in range(8):
-        pixels, target = samples[epoch, 3]
+        image, target = samples[epoch, 3]
         left, top, right, bottom = map(int, target["boxes"][0])
-        seen.add(left)
-        assert (left, right) in ((8, 28), (36, 56))
-        assert pixels[:, top:bottom, left:right].mean() > pixels.mean() + 0.3
+        seen.add((left, right))
+        assert image[:, top:bottom, left:right].mean() > image.mean() + 0.3
         mask = target["masks"][0]
-        assert mask[top:bottom, left:right].all() and mask.sum() == 320
-    assert len(seen) == 2
+        assert mask[top:bottom, left:right].all() and mask.sum() == 20 * 16
+    assert seen == {(8, 28), (36, 56)}
 
 
 @pytest.mark.parametrize("key, value", [
@@ -128,8 +109,7 @@ def test_a_bad_annotation_is_named(key, value, coco):
     whole = json.loads(file.read_text())
     whole["annotations"][2][key] = value
     file.write_text(json.dumps(whole))
-    number = whole["annotations"][2]["id"]
-    with pytest.raises(InputError, match=f"{file.name}: annotation {number}: its {key}"):
+    with pytest.raises(InputError, match=f"{file.name}: annotation 3: its {key}"):
         load()
 
 
@@ -162,15 +142,11 @@ def test_what_cannot_be_detected_is_refused(coco, capsys, monkeypatch):
 # ------------------------------------------------------------------------------------------------
 # Evaluation
 
-def as_detections(target, noise, generator):
-    """The truth as a network would give it: boxes off by up to `noise` pixels, random scores."""
+def as_detections(target, seed):
+    """The truth as a network would give it: boxes off by up to 4 pixels, random scores."""
     number = len(target["labels"])
-    offsets = noise * (2 * torch.rand(number, 4, generator=generator) - 1)
-    return dict(
-        boxes=target["boxes"] + offsets,
-        labels=target["labels"],
-        scores=torch.rand(number, generator=generator),
-        masks=target["masks"][:, None].float())
+    return dict(target, boxes=target["boxes"] + 4 * pixels(number, 4, seed=seed),
+                scores=torch.rand(number, generator=seeded(seed)), masks=target["masks"][:, None])
 
 
 @pytest.mark.parametrize("name", ["coco", "synthetic:40"])
@@ -181,10 +157,9 @@ def test_average_precision_is_the_official_evaluators(name, coco):
 
     dataset = detect.load_dataset(name, "val", 64)
     samples = data.Samples(dataset, detect.transform(train=False), 0)
-    generator = seeded()
     results = []
     for index in range(len(dataset)):
-        detections = as_detections(samples[0, index][1], 4.0, generator)
+        detections = as_detections(samples[0, index][1], index)
         results += detect.as_results(detections, dataset.ids[index], dataset.category_ids)
     truth = detect.ground_truth(dataset)
     assert set(detect.average_precision(truth, []).values()) == {0.0}
@@ -195,12 +170,8 @@ def test_average_precision_is_the_official_evaluators(name, coco):
     else:
         assert row["mask_ap"] == pytest.approx(100)
 
-    plain = []
-    for result in results:
-        mask = result["segmentation"]
-        plain.append(dict(result, segmentation=dict(mask, counts=mask["counts"].decode())))
-    Path("truth.json").write_text(json.dumps(truth.dataset, default=lambda value: value.decode()))
-    Path("results.json").write_text(json.dumps(plain))
+    for name, contents in (("truth.json", truth.dataset), ("results.json", results)):
+        Path(name).write_text(json.dumps(contents, default=bytes.decode))
     with contextlib.redirect_stdout(None):
         official = COCO("truth.json")
         for kind, prefix in (("bbox", "box"), ("segm", "mask")):
@@ -217,8 +188,7 @@ def test_average_precision_is_the_official_evaluators(name, coco):
 
 def tiny():
     torch.manual_seed(0)
-    vit = model.VisionTransformer(32, 8, dim=32, depth=4, heads=2, positions="block",
-                                  layer_scale=0.1)
+    vit = tiny_vit(image_size=32, patch_size=8, depth=4, positions="block")
     return detect.mask_rcnn(vit, classes=3, channels=16, boxes=16, size=32, max_size=48)
 
 
@@ -237,10 +207,7 @@ def test_images_without_objects_train_and_every_weight_has_a_gradient(coco):
     samples = data.Samples(load(), detect.transform(train=True), 0)
     network = tiny()
     images, targets = data.as_lists([samples[0, index] for index in (0, 2, 3)])
-    losses = network(images, targets)
-    assert set(losses) == {"loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness",
-                           "loss_rpn_box_reg"}
-    sum(losses.values()).backward()
+    sum(network(images, targets).values()).backward()
     assert not [name for name, p in network.named_parameters() if p.grad is None]
     images, targets = data.as_lists([samples[0, 0], samples[0, 1]])     # none at all
     assert all(torch.isfinite(loss) for loss in network(images, targets).values())
@@ -253,7 +220,7 @@ def test_boxes_are_in_fp32_under_autocast():
     hidden = []
     layer = backbone.pyramid.vit.blocks[0].mlp.fc1
     layer.register_forward_hook(lambda module, x, y: hidden.append(y.dtype))
-    maps = backbone(torch.rand(1, 3, 32, 48, generator=seeded()))
+    maps = backbone(pixels(1, 3, 32, 48))
     assert hidden == [torch.bfloat16]
     assert all(x.dtype == torch.float32 for x in maps.values())
 
@@ -305,6 +272,4 @@ def test_it_learns(coco):
     run("detect", "--data", "coco", "--init", "none", "--image-size", "32",
         "--max-size", "64", "--batch-size", "8", "--steps", "30", "--lr", "8e-3",
         "--warmup-steps", "5", "--save-every", "30", "--drop-path", "0", "--patch-size", "8")
-    rows = log("runs/demo/detect")
-    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
     assert log("runs/demo/detect", "val")[-1]["box_ap50"] > 30
