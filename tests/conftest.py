@@ -1,6 +1,5 @@
 """Every test runs in an empty folder of its own, so that runs/ and data/ lie there."""
 import multiprocessing
-import os
 import signal
 import sys
 from pathlib import Path
@@ -22,26 +21,13 @@ import tokenizer
 # Bits depend on the number of threads, and the tensors are too small to share out.
 torch.set_num_threads(1)
 
-STAGES = {
-    "teacher": teacher,
-    "tokenizer": tokenizer,
-    "pretrain": pretrain,
-    "finetune": finetune,
-    "segment": segment,
-}
+STAGES = {stage.__name__: stage for stage in (teacher, tokenizer, pretrain, finetune, segment)}
 if detect.COCO is not None:                                 # pycocotools is optional
     STAGES["detect"] = detect
 
 # An epoch is 4 steps, the run 6: one evaluation in its midst, one at its end.
-COMMON = [
-    "--recipe", "demo",
-    "--data", "synthetic:64",
-    "--batch-size", "16",
-    "--steps", "6",
-    "--log-every", "2",
-    "--save-every", "1",
-    "--workers", "0",
-]
+COMMON = ["--recipe", "demo", "--data", "synthetic:64", "--batch-size", "16", "--steps", "6",
+          "--log-every", "2", "--save-every", "1", "--workers", "0"]
 # Whatever is random is on: revived codes, jitter, drop path, mixing.
 OWN = {
     "teacher": [],
@@ -53,13 +39,6 @@ OWN = {
     "detect": ["--image-size", "32", "--max-size", "32", "--channels", "16",
                "--boxes", "16", "--drop-path", "0.1"],
 }
-
-
-def end_workers():
-    """A loader's workers ignore SIGTERM: after an error in one, its iterator would wait for it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in multiprocessing.active_children():
-        worker.kill()
 
 
 def pytest_configure(config):
@@ -75,7 +54,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_sessionfinish():
-    end_workers()
+    """A loader's workers ignore SIGTERM: after an error in one, its iterator would wait for it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def run(stage, *flags):
@@ -98,13 +80,10 @@ def chain(tmp_path_factory):
     stage that runs elsewhere reads the one before.
     """
     root = tmp_path_factory.mktemp("chain")
-    before = os.getcwd()
-    os.chdir(root)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
         for stage in STAGES:
             run(stage)
-    finally:
-        os.chdir(before)
     runs = {stage: root / "runs" / "demo" / stage for stage in STAGES}
     inputs = {
         "teacher": [],
