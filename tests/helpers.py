@@ -17,7 +17,7 @@ from model import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer
 from support import checkpoint, launch
 
 # ------------------------------------------------------------------------------------------------
-# test_stages.py, test_logbook.py, test_faults.py, test_distributed.py
+# Runs
 
 
 def files(folder="run"):
@@ -87,7 +87,7 @@ def printed():
 
 
 # ------------------------------------------------------------------------------------------------
-# test_vit.py, test_equations.py, test_paper.py, test_weights.py, test_foreign.py
+# Networks and what they take
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -129,16 +129,13 @@ def as_moco_v3(network, head="head"):
     return dict(epoch=300, arch="vit_base", state_dict=state, optimizer={}, scaler={})
 
 
-class TinyVGG(nn.Module):
+class TinyVGG(nn.Sequential):
     """VGG-16's layers, eight channels wide: a state dict of its names."""
 
     def __init__(self):
         super().__init__()
         widths = [8 if width != "M" else "M" for width in vgg.cfgs["D"]]
         self.features = vgg.make_layers(widths)
-
-    def forward(self, images):
-        return self.features(images)
 
 
 def tiny_resnet50():
