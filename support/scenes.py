@@ -224,6 +224,7 @@ class Scenes(Synthetic):
         return range(self.number)
 
     def __getitem__(self, index):
+        index = self.ids[index]                             # past the end: IndexError, as of a list
         image, owner, labels = drawn(self.seed, self.split, index, self.size, None)
         if self.target == "masks":
             classes = np.concatenate([[1], labels + 2]).astype(np.uint8)

@@ -26,8 +26,7 @@ def test_the_two_targets_of_a_scene_agree():
     objects = detect.load_dataset("synthetic:20", "train", 32)
     assert masks.classes == ["ground", *objects.classes]
     assert len(masks) == len(objects) == 20
-    for index in range(20):
-        (image, classes), (same, target) = masks[index], objects[index]
+    for (image, classes), (same, target) in zip(masks, objects, strict=True):
         assert image.tobytes() == same.tobytes()
         boxes, found = target["boxes"].tolist(), target["masks"].bool()
         expected = torch.ones(32, 32, dtype=torch.uint8)
