@@ -1,4 +1,4 @@
-# make demo: all four stages on the embedded dataset, with a table. make test: the tests.
+# make demo: stages 1 to 3 on drawn scenes, with a table. make test: the tests.
 # make test-faults: the long ones too. make cifar10: the paper's claim on CIFAR-10, with seeds.
 # Each makes .venv first, with PYTHON, an interpreter of 3.10 or newer.
 PYTHON ?= python3

@@ -314,7 +314,8 @@ def read(dataset, index):
         if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise                                           # not the image's fault
         name = dataset.samples[index][0] if hasattr(dataset, "samples") else f"image {index}"
-        raise InputError(f"{name}: not a readable image ({error}); restore or delete it") from error
+        raise InputError(f"{name}: not a readable image ({error}); restore it, or delete it: a run "
+                         "that has begun then needs --resume force") from error
 
 
 class Samples(Dataset):

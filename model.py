@@ -205,20 +205,6 @@ class AttentionBlock(nn.Module):
         return x + self.proj(y.squeeze(1).mT.reshape(x.shape))
 
 
-class Downsample(nn.Sequential):
-    """Half the resolution, by a strided convolution padded on the right and below only (VQGAN)."""
-
-    def __init__(self, channels):
-        super().__init__(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
-
-
-class Upsample(nn.Sequential):
-    """Twice the resolution, by nearest neighbours and a convolution (VQGAN)."""
-
-    def __init__(self, channels):
-        super().__init__(nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1))
-
-
 def level(inputs, outputs, blocks=2):
     """The residual blocks of one resolution."""
     return [ResidualBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks)]
@@ -236,7 +222,9 @@ class Encoder(nn.Sequential):
         width = channels[0]
         layers = [nn.Conv2d(3, width, 3, padding=1), *level(width, width)]
         for outputs in channels[1:]:
-            layers += [Downsample(width), *level(width, outputs)]
+            padding = nn.ZeroPad2d((0, 1, 0, 1))            # on the right and below only (VQGAN)
+            half = nn.Sequential(padding, nn.Conv2d(width, width, 3, stride=2))
+            layers += [half, *level(width, outputs)]
             width = outputs
         layers += [*middle(width), norm_act(width), nn.Conv2d(width, dim, 3, padding=1)]
         super().__init__(*layers)
@@ -249,7 +237,9 @@ class Decoder(nn.Sequential):
         width = channels[-1]
         layers = [nn.Conv2d(dim, width, 3, padding=1), *middle(width), *level(width, width, blocks)]
         for outputs in reversed(channels[:-1]):
-            layers += [Upsample(width), *level(width, outputs, blocks)]
+            nearest = nn.Upsample(scale_factor=2)           # by nearest neighbours (VQGAN)
+            twice = nn.Sequential(nearest, nn.Conv2d(width, width, 3, padding=1))
+            layers += [twice, *level(width, outputs, blocks)]
             width = outputs
         layers += [norm_act(width), nn.Conv2d(width, 3, 3, padding=1)]
         super().__init__(*layers)
@@ -309,20 +299,13 @@ def conv_networks(channels, code_dim, decoder_channels=None, decoder_blocks=None
     return Encoder(channels, code_dim), Decoder(decoder_channels, code_dim, decoder_blocks or 2)
 
 
-def vit_networks(image_size, patch_size, code_dim, vit, decoder_blocks=None):
-    """ViTs of the same dim, depth and heads; decoder_blocks: another depth for the decoder."""
-    shared = dict(image_size=image_size, patch_size=patch_size, code_dim=code_dim)
-    decoder = vit | dict(depth=decoder_blocks or vit["depth"])
-    return ViTEncoder(**shared, **vit), ViTDecoder(**shared, **decoder)
-
-
 class VQTokenizer(nn.Module):
     """The perceptual codebook: image → codes → image (PeCo, "Learning Perceptual
     Codebook for Visual Content").
 
     image_size: of its training, pixels; any other multiples of the stride work too.
     Its networks are convolutional, as conv_networks() makes them of the channels, or, with
-    vit = dict(dim, depth, heads) (see SIZES), ViTs of patch_size, as vit_networks() makes them.
+    vit = dict(dim, depth, heads) (see SIZES), ViTs of patch_size; decoder_blocks: another depth.
     """
 
     def __init__(self, image_size=224, channels=(64, 128, 256, 512, 512), codebook_size=8192,
@@ -335,10 +318,12 @@ class VQTokenizer(nn.Module):
             raise ValueError(f"image size {image_size} is no multiple of the tokenizer's stride "
                              f"{self.stride}")
         if vit:
-            networks = vit_networks(image_size, patch_size, code_dim, vit, decoder_blocks)
+            vit = dict(vit, image_size=image_size, patch_size=patch_size, code_dim=code_dim)
+            self.encoder = ViTEncoder(**vit)
+            self.decoder = ViTDecoder(**vit | dict(depth=decoder_blocks or vit["depth"]))
         else:
-            networks = conv_networks(channels, code_dim, decoder_channels, decoder_blocks)
-        self.encoder, self.decoder = networks
+            self.encoder, self.decoder = conv_networks(
+                channels, code_dim, decoder_channels, decoder_blocks)
         self.quantizer = Quantizer(codebook_size, code_dim, decay, revive)
 
     def forward(self, images):
@@ -528,11 +513,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim)
         self.drop_path = StochasticDepth(drop_path, mode="row")
-        if layer_scale:
-            self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
-            self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
-        else:
-            self.gamma_1 = self.gamma_2 = 1.0
+        self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else 1.0
+        self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else 1.0
 
     def forward(self, x, grid, shared_bias=None):
         x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x), grid, shared_bias))
@@ -696,18 +678,13 @@ class VisionTransformer(nn.Module):
         h, w = self.grid_of(images)
         return [x[:, 1:].mT.unflatten(2, (h, w)) for x in self.tokens(images, layers)]
 
-    def forward_features(self, images):
-        """Normalised tokens (B, 1+N, D), as timm's. A classifier normalises only their mean."""
-        return self.norm(self.tokens(images, [len(self.blocks)])[0])
-
     def forward(self, images, mask=None):
+        x = self.tokens(images, [len(self.blocks)], mask)[0]                    # (B, 1+N, D)
         if mask is not None:
-            x = self.tokens(images, [len(self.blocks)], mask)[0]                # (B, 1+N, D)
             masked = x[:, 1:][mask.flatten(1)]                                  # (M, D)
             return self.lm_head(self.norm(masked))                              # (M, K)
-        x = self.forward_features(images)                                       # (B, 1+N, D)
         if self.head is None:
-            return x
+            return self.norm(x)                                                 # (B, 1+N, D)
         return self.head(self.fc_norm(x[:, 1:].mean(1)))                        # (B, classes)
 
 

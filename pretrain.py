@@ -51,7 +51,7 @@ def get_args(argv=None):
     p.add_argument("--drop-path", type=rate, help="of the last block, rising from 0 at the first")
     p.add_argument("--positions", choices=["learned", "shared"],
                    help="embeddings, or a relative bias that all blocks share (--mae: MAE's fixed)")
-    p.add_argument("--layer-scale", type=amount, help="initial value; 0: no layer scale")
+    p.add_argument("--layer-scale", type=amount, help="initial value; 0 (and with --mae): none")
     p.add_argument("--mae", action="store_true",
                    help="PeCo_MAE: MAE's encoder, decoder and random masks (its ratio: 0.75)")
     p.add_argument("--mask-ratio", type=within(float, "(0, 1)"),

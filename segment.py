@@ -70,10 +70,7 @@ def get_args(argv=None):
 # Data: (PIL image, map of classes (H, W)). Classes count from 1; pixels of 0 are ignored.
 
 def load_dataset(name, split, image_size, classes):
-    """The dataset of --data for a split, "train" or "val". Its .classes are their names.
-
-    image_size: pixels, of drawn scenes; classes: their number in a folder's annotations.
-    """
+    """The dataset of --data for "train" or "val". image_size: of scenes; classes: of a folder."""
     if name.partition(":")[0] == "synthetic":
         return Scenes(split, synthetic_number(name, split), image_size, target="masks")
     return Ade20k(name, dict(train="training", val="validation")[split], classes)

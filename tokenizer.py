@@ -2,7 +2,7 @@
 
 Codes of perceptually similar patches come to agree, which makes them better targets for stage 2.
 
-    python tokenizer.py --recipe demo
+    python tokenizer.py --recipe demo --perceptual runs/demo/teacher
     torchrun --nproc-per-node 8 tokenizer.py
 """
 from pathlib import Path

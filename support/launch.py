@@ -25,9 +25,6 @@ WORKERS_FAILED = re.compile(
     r"DataLoader worker \(pid|</torch_|Too many open files|ancdata|Pin memory thread|"
     "Cannot allocate memory")
 
-# What torchrun sets. RANK alone comes from elsewhere.
-TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
 # What asks a run to end: kill and torchrun, Ctrl-C, a terminal that closes, Slurm's warning.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -50,8 +47,8 @@ def start(main, args):
     """
     try:
         if "RANK" in os.environ:
-            lacking = [name for name in TORCHRUN if name not in os.environ]
-            if lacking:
+            lacking = sorted({"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ))
+            if lacking:                                     # RANK alone is not torchrun's
                 raise InputError(f"the environment has RANK but not {', '.join(lacking)}: unset "
                                  "RANK, or start with torchrun")
             backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -212,7 +209,9 @@ def ddp(module):
         return module
     device = next(module.parameters()).device
     gpu = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=gpu, broadcast_buffers=False)
+    wrapped = DistributedDataParallel(module, device_ids=gpu)
+    wrapped.broadcast_buffers = False           # as an argument it is deprecated since PyTorch 2.14
+    return wrapped
 
 
 def sync_batch_norm(model, device):

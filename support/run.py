@@ -23,10 +23,7 @@ from support import checkpoint, launch
 from support.launch import InputError, rank, world_size
 
 # Arguments that do not change the weights: a resumed run may have others.
-FREE = {
-    "output", "resume", "workers", "log_every", "save_every",
-    "checkpoint_activations",
-}
+FREE = {"output", "resume", "workers", "log_every", "save_every", "checkpoint_activations"}
 
 
 class Run:

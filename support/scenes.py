@@ -43,12 +43,6 @@ def star(points, inner):
                      for r, a in zip(radii, angles, strict=True)])
 
 
-def cross(u, v):
-    near = np.minimum(np.abs(u), np.abs(v))
-    far = np.maximum(np.abs(u), np.abs(v))
-    return (near < 0.28) & (far < 0.95)
-
-
 def rect(u, v, width, height):
     """A rectangle of so much to each side."""
     return (np.abs(u) < width) & (np.abs(v) < height)
@@ -60,7 +54,7 @@ SHAPES = {
     "triangle": star(3, 0.5),
     "square": polygon((-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)),
     "bar": polygon((-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)),
-    "cross": cross,
+    "cross": lambda u, v: rect(u, v, 0.28, 0.95) | rect(u, v, 0.95, 0.28),
     "star": star(5, 0.4),
     "crescent": lambda u, v: (u * u + v * v < 0.95) & ((u - 0.5) ** 2 + v * v > 0.6),
     "arrow": polygon((0, -1), (0.8, 0), (0.3, 0), (0.3, 1), (-0.3, 1), (-0.3, 0), (-0.8, 0)),
@@ -184,14 +178,12 @@ def drawn(seed, split, index, size, label, kind="synthetic"):
 
 
 class Synthetic(Dataset):
-    """Scenes of one shape → (PIL image, class).
-
-    split: "train" or "val". number: of images. image_size: pixels. kind: one of KINDS.
-    """
+    """Scenes of one shape → (PIL image, class). kind: one of KINDS."""
 
     def __init__(self, split="train", number=10_000, image_size=32, seed=0, kind="synthetic"):
         self.split, self.number, self.size, self.seed = split, number, image_size, seed
         self.kind = kind
+        self.drawn = drawn if image_size <= 64 else drawn.__wrapped__   # larger ones fill memory
         self.classes = list(KINDS[kind][0])
         self.targets = [i % len(self.classes) for i in range(number)]
 
@@ -200,7 +192,7 @@ class Synthetic(Dataset):
 
     def __getitem__(self, index):
         label = self.targets[index]
-        image, _, _ = drawn(self.seed, self.split, index, self.size, label, self.kind)
+        image, _, _ = self.drawn(self.seed, self.split, index, self.size, label, self.kind)
         return Image.fromarray(image), label
 
 
@@ -225,7 +217,7 @@ class Scenes(Synthetic):
 
     def __getitem__(self, index):
         index = self.ids[index]                             # past the end: IndexError, as of a list
-        image, owner, labels = drawn(self.seed, self.split, index, self.size, None)
+        image, owner, labels = self.drawn(self.seed, self.split, index, self.size, None)
         if self.target == "masks":
             classes = np.concatenate([[1], labels + 2]).astype(np.uint8)
             return Image.fromarray(image), tv_tensors.Mask(classes[owner])

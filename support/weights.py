@@ -307,19 +307,11 @@ def foreign(source, state):
 
 
 def bare(weights):
-    """Weights by their own names, without what wrappers put before them.
-
-    torch.compile, DDP and MoCo v3 do, one around the other in any order.
-    """
-    while True:
-        for prefix in ("_orig_mod.", "module.", "base_encoder."):
-            inner = {key.removeprefix(prefix): value for key, value in weights.items()
-                     if key.startswith(prefix)}
-            if inner:
-                weights = inner
-                break
-        else:
-            return weights
+    """Weights by their own names; torch.compile, DDP, MoCo v3 put theirs before, in any order."""
+    wrappers = [re.match(r"((_orig_mod|module|base_encoder)\.)*", key)[0] for key in weights]
+    outer = max(wrappers, key=len)                          # MoCo v3's other networks have less
+    return {key.removeprefix(outer): value for key, value in weights.items()
+            if key.startswith(outer)}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -76,7 +76,8 @@ def finetuning(args, images):
     network = finetune.build(FINETUNE, classes=1000, state=None)[0]
     yield "fine-tuning step", training_step(args, network, lambda: network(images), labels)
     import timm
-    peer = timm.create_model("beit_base_patch16_224", drop_path_rate=FINETUNE.drop_path)
+    peer = timm.create_model("beit_base_patch16_224", drop_path_rate=FINETUNE.drop_path,
+                             use_abs_pos_emb=True, use_rel_pos_bias=False, init_values=0.0)
     yield "timm's Beit", training_step(args, peer, lambda: peer(images), labels)
 
 
@@ -122,7 +123,7 @@ def quantizing(args, images):
 
 def reading(args, images):
     """JPEG files → augmented images, in one process."""
-    dataset = data.load_dataset(args.data, "train", SIDE)
+    dataset = data.load_images(args.data, "train", SIDE)
     crop = data.crop_and_flip(SIDE, PRETRAIN.crop_min)      # the jitter is the device's
     samples = data.Samples(dataset, crop, seed=0)
     indices = [index % len(dataset) for index in range(FILES)]
