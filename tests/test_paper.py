@@ -1,26 +1,18 @@
 """Beside the paper: its values, the commands of PAPER.md, its ablations, its attacks."""
+import functools
 import math
 import random
 import re
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import ROOT, run
-from helpers import (
-    TinyVGG,
-    as_moco_v3,
-    log,
-    newest,
-    pixels,
-    randomize,
-    seeded,
-    tiny_resnet50,
-    tiny_vit,
-)
+from helpers import TinyVGG, as_moco_v3, log, newest, pixels, randomize, tiny_resnet50, tiny_vit
 from PIL import Image
 from test_readme import DOCS, STAGES, commands
 from torch import nn
@@ -33,56 +25,47 @@ from support import weights
 from support.scenes import Synthetic
 from tools import attack, codewords, figures
 
-READS = dict(tokenizer="perceptual", pretrain="tokenizer", finetune="init", segment="init",
-             detect="init")                                 # stage → its flag of what it reads
-
 # ------------------------------------------------------------------------------------------------
-# The paper's values: of a stage, by where the paper says so ("S" is its supplement)
+# The paper's values: of a stage, and where the paper says so. Where nothing stands beside them, it
+# is in Pre-training Details or the supplement ("S").
 
-DETAILS = "Pre-training Details, or S"
-ORIGINAL = "Pre-training Details: the original ViT"
 PAPER_SAYS = {
-    "teacher": {
-        DETAILS: dict(data="data/imagenet", model="base", epochs=100),
-    },
-    "tokenizer": {
-        DETAILS: dict(data="data/imagenet", image_size=224, codebook_size=8192, batch_size=128,
-                      epochs=100, warmup_steps=5000, lr=5e-5, betas=[0.5, 0.95],
-                      perceptual="moco_v3"),
-        "Pre-training Details, Table 2": dict(channels=[64, 128, 256, 512, 512], vit=None),
-        "S, VQ-VAE Architectures: the encoder in reverse": dict(
-            decoder_channels=None, decoder_blocks=None),
-        "Table 2, by its number of parameters": dict(code_dim=256),
-        "Table 12: ViT-B": dict(patch_size=16),
-        "Eq. 3": dict(commitment_weight=0.25),
-        "Eq. 5, Table 10": dict(perceptual_weight=1.0),
-        "Table 7: an ablation": dict(adversarial_weight=0.0),
-    },
-    "pretrain": {
-        DETAILS: dict(data="data/imagenet", image_size=224, model="base", patch_size=16,
-                      drop_path=0.1, batch_size=2048, lr=1.5e-3, betas=[0.9, 0.999],
-                      weight_decay=0.05),
-        ORIGINAL: dict(positions="learned", layer_scale=0.0),
-        "Pre-training Details, Table 2": dict(epochs=800),
-        "Table 8: an ablation": dict(mae=False),
-    },
-    "finetune": {
-        "Table 1": dict(data="data/imagenet", image_size=224, model="base", patch_size=16),
-        ORIGINAL: dict(layer_scale=0.0),
-        "ImageNet fine-tuning": dict(epochs=100, warmup_epochs=20, lr=4e-3, layer_decay=0.65),
-    },
-    "segment": {
-        "Table 3": dict(data="data/ade20k", model="base", patch_size=16),
-        ORIGINAL: dict(layer_scale=0.0),
-        "S": dict(image_size=512, drop_path=0.2, batch_size=16, steps=160_000, warmup_steps=1500,
-                  lr=3e-4, layer_decay=0.65, weight_decay=0.05),
-    },
-    "detect": {
-        "Table 3": dict(data="data/coco", model="base", patch_size=16),
-        ORIGINAL: dict(layer_scale=0.0),
-        "S": dict(image_size=800, max_size=1333, drop_path=0.1, batch_size=16, epochs=12, lr=4e-4,
-                  layer_decay=0.75, weight_decay=0.05),
-    },
+    "teacher": dict(data="data/imagenet", model="base", epochs=100),
+    "tokenizer": dict(
+        data="data/imagenet", image_size=224, codebook_size=8192, batch_size=128, epochs=100,
+        warmup_steps=5000, lr=5e-5, betas=[0.5, 0.95], perceptual="moco_v3",
+        channels=[64, 128, 256, 512, 512], vit=None,            # Pre-training Details, Table 2
+        decoder_channels=None, decoder_blocks=None,             # S: the encoder in reverse
+        code_dim=256,                                           # Table 2, from its 37.5 M
+        patch_size=16,                                          # Table 12: ViT-B
+        commitment_weight=0.25,                                 # Eq. 3
+        perceptual_weight=1.0,                                  # Eq. 5, Table 10
+        adversarial_weight=0.0,                                 # Table 7: an ablation
+    ),
+    "pretrain": dict(
+        data="data/imagenet", image_size=224, model="base", patch_size=16, drop_path=0.1,
+        batch_size=2048, lr=1.5e-3, betas=[0.9, 0.999], weight_decay=0.05,
+        positions="learned", layer_scale=0.0,                   # the original ViT
+        epochs=800,                                             # Table 2
+        mae=False,                                              # Table 8: an ablation
+    ),
+    "finetune": dict(
+        data="data/imagenet", image_size=224, model="base", patch_size=16,      # Table 1
+        layer_scale=0.0,                                        # the original ViT
+        epochs=100, warmup_epochs=20, lr=4e-3, layer_decay=0.65,    # ImageNet fine-tuning
+    ),
+    "segment": dict(
+        data="data/ade20k", model="base", patch_size=16,        # Table 3
+        layer_scale=0.0,                                        # the original ViT
+        image_size=512, drop_path=0.2, batch_size=16, steps=160_000, warmup_steps=1500, lr=3e-4,
+        layer_decay=0.65, weight_decay=0.05,
+    ),
+    "detect": dict(
+        data="data/coco", model="base", patch_size=16,          # Table 3
+        layer_scale=0.0,                                        # the original ViT
+        image_size=800, max_size=1333, drop_path=0.1, batch_size=16, epochs=12, lr=4e-4,
+        layer_decay=0.75, weight_decay=0.05,
+    ),
 }
 
 
@@ -90,15 +73,11 @@ PAPER_SAYS = {
 def test_the_papers_values(stage):
     """By the table above: what the script runs by default, and all that it calls the paper's."""
     args = vars(STAGES[stage].get_args([]))
-    known = set()
-    for place, values in PAPER_SAYS[stage].items():
-        for key, value in values.items():
-            assert args[key] == value, f"{key}: {place}"
-        known |= set(values)
+    assert args == args | PAPER_SAYS[stage]
     source = (ROOT / f"{stage}.py").read_text().split("\nPAPER = dict(")[1].split("\n)")[0]
     marked = re.findall(r"^ +(\w+)=.*#.*\[PeCo", source, re.M)
     assert len(marked) >= 3
-    assert set(marked) <= known
+    assert set(marked) <= set(PAPER_SAYS[stage])
 
 
 def test_the_papers_values_elsewhere():
@@ -127,7 +106,6 @@ def test_table2_parameters_of_encoder_and_codebook(channels, parameters):
 
 TABLES = DOCS["PAPER.md"].split("\n## 2. ")[1].split("\n## 3. ")[0]
 COMMANDS = list(dict.fromkeys((script, *flags) for script, flags in commands(TABLES)))
-STAGE_COMMANDS = [command for command in COMMANDS if command[0] in STAGES]
 TOOL_COMMANDS = [command for command in COMMANDS if command[0] not in STAGES]
 
 TINY_SIZES = {
@@ -141,16 +119,13 @@ SMALL = ["--data", "synthetic", "--batch-size", "2", "--epochs", "1", "--log-eve
 SMALL_STAGE = {
     "teacher": ["--hidden", "16", "--features", "8"],
     "tokenizer": ["--codebook-size", "32", "--code-dim", "16"],
-    "pretrain": [],
-    "finetune": [],
     "segment": ["--image-size", "64"],
     "detect": ["--image-size", "64", "--max-size", "107", "--channels", "16", "--boxes", "16"],
 }
-SHRUNK = {"image_size", "channels", "decoder_channels", "epochs", "warmup_epochs", "masked"}
+SHRUNK = {"image_size", "channels", "decoder_channels", "epochs", "warmup_epochs"}
 IMAGES = 4
-TOOLS = {f"tools.{name}": tool for name, tool in (
-    ("codewords", codewords), ("attack", attack), ("figures", figures))}
-PLACEHOLDERS = {"REFERENCE": "reference.png", "ONE": "one.png", "OTHER": "other.png"}
+TOOLS = {tool.__name__: tool for tool in (codewords, attack, figures)}
+PICTURES = {"REFERENCE": "reference.png", "ONE": "one.png", "OTHER": "other.png"}
 
 
 def arguments(command):
@@ -159,19 +134,16 @@ def arguments(command):
     return STAGES[stage].get_args(flags)
 
 
-# Which command makes a run. Where several do, PAPER.md offers a choice.
-MAKERS = {}
-for _command in STAGE_COMMANDS:
-    MAKERS.setdefault(arguments(_command).output, _command)
+# The command that makes a run, by its folder.
+MAKERS = {arguments(command).output: command for command in COMMANDS if command[0] in STAGES}
 
 
 def reads(command):
     """The runs that a command reads."""
-    script, *flags = command
-    paths = flags if script in TOOLS else []
-    if script in READS:
-        paths = [getattr(arguments(command), READS[script])]
-    return [path for path in paths if path.startswith("runs/")]
+    script, *values = command
+    if script in STAGES:
+        values = [value for key, value in vars(arguments(command)).items() if key != "output"]
+    return [value for value in values if str(value).startswith("runs/")]
 
 
 def small(command):
@@ -179,113 +151,73 @@ def small(command):
     stage, *flags = command
     args = arguments(command)
     patches = round(args.image_size / 224 * 4)
-    flags += [*SMALL, "--image-size", str(patches * args.patch_size), *SMALL_STAGE[stage]]
-    for flag, widths in (("--channels", getattr(args, "channels", None)),
-                         ("--decoder-channels", getattr(args, "decoder_channels", None))):
-        if stage == "tokenizer" and widths:
-            flags += [flag, *(str(max(16, width // 16)) for width in widths)]
+    flags += [*SMALL, "--image-size", str(patches * args.patch_size), *SMALL_STAGE.get(stage, [])]
+    for name in ("channels", "decoder_channels") if stage == "tokenizer" else ():
+        widths = [str(max(16, width // 16)) for width in vars(args)[name] or ()]
+        flags += [f"--{name.replace('_', '-')}", *widths] if widths else []
     unit = "epochs" if hasattr(args, "warmup_epochs") else "steps"
     return [*flags, f"--warmup-{unit}", "1"]                # of a run of 2 steps
 
 
-def download(url, **_):
-    """What the file of a URL holds, with random weights."""
-    torch.manual_seed(0)
-    name = {address: name for name, address in weights.DOWNLOADS.items()}[url]
-    if name == "vgg16":
-        return TinyVGG().state_dict()
-    if name == "moco_v3_resnet50":
-        return as_moco_v3(tiny_resnet50(), head="fc")
-    assert name == "moco_v3"
-    return as_moco_v3(VisionTransformer(**SIZES["base"], positions="absolute"))
+@functools.cache
+def made(output):
+    """The newest checkpoint of a run, which is made when first asked for, after what it reads."""
+    stage = STAGES[MAKERS[output][0]]
+    if stage.__name__ == "detect":
+        pytest.importorskip("pycocotools")
+    for path in reads(MAKERS[output]):
+        made(path)
+    stage.main(stage.get_args(small(MAKERS[output])))
+    return newest(output)
+
+
+# What the file of that name holds, with random weights.
+DOWNLOADS = {
+    "moco_v3": lambda: as_moco_v3(VisionTransformer(**SIZES["base"], positions="absolute")),
+    "moco_v3_resnet50": lambda: as_moco_v3(tiny_resnet50(), head="fc"),
+    "vgg16": lambda: TinyVGG().state_dict(),
+}
 
 
 def deit_tiny(name, pretrained):
     assert (name, pretrained) == ("deit_tiny_patch16_224", True)
-    torch.manual_seed(0)
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 1000))
 
 
-class Runs:
-    """The runs of PAPER.md's commands, each made when it is first asked for, after what it reads.
-    """
-
-    def __init__(self, root):
-        self.root = root
-        self.folders = {}                                   # by command
-        self.states = {}                                    # newest checkpoints, by folder
-
-    def make(self, command):
-        """The run of a stage's command: its folder."""
-        if command not in self.folders:
-            for path in reads(command):
-                self.make(MAKERS[path])
-            output = arguments(command).output
-            flags = small(command)
-            if MAKERS[output] != command:                   # another one's by default
-                output = f"other/{len(self.folders)}"
-                flags += ["--output", output]
-            if command[0] == "detect":
-                pytest.importorskip("pycocotools")
-            stage = STAGES[command[0]]
-            stage.main(stage.get_args(flags))
-            self.folders[command] = output
-        return self.folders[command]
-
-    def state(self, command):
-        """The newest checkpoint of a command's run."""
-        folder = self.make(command)
-        if folder not in self.states:
-            self.states[folder] = newest(folder)
-        return self.states[folder]
-
-    def __getitem__(self, output):
-        return self.state(MAKERS[output])
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return Runs(tmp_path_factory.mktemp("paper"))
-
-
 @pytest.fixture
-def runs(made, monkeypatch):
-    monkeypatch.chdir(made.root)
+def runs(tmp_path_factory, monkeypatch):
+    """The function that makes them, in the folder of all."""
+    root = tmp_path_factory.getbasetemp() / "paper"
+    root.mkdir(exist_ok=True)
+    monkeypatch.chdir(root)
     for name, size in TINY_SIZES.items():
         monkeypatch.setitem(SIZES, name, size)
-    for module in (data, *STAGES.values()):
-        if hasattr(module, "synthetic_number"):             # few images to evaluate
-            monkeypatch.setattr(module, "synthetic_number", lambda name, split: IMAGES)
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    for module in (data, STAGES["segment"], STAGES["detect"]):
+        monkeypatch.setattr(module, "synthetic_number", lambda name, split: IMAGES)
+    monkeypatch.setattr(weights, "download", lambda name: DOWNLOADS[name]())
     monkeypatch.setattr(torchvision.models, "vgg16", TinyVGG)
     monkeypatch.setattr(torchvision.models, "resnet50", tiny_resnet50)
     monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=deit_tiny))
-    for index, file in enumerate(PLACEHOLDERS.values()):
+    for index, file in enumerate(PICTURES.values()):
         Synthetic(number=3, image_size=64)[index][0].save(file)
     return made
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_what_a_command_reads_another_makes(command):
-    assert command[0] in {*STAGES, *TOOLS}
-    assert all(path in MAKERS for path in reads(command))
+def test_no_command_writes_to_anothers_folder():
+    assert len(MAKERS) + len(TOOL_COMMANDS) == len(COMMANDS)    # so each has its test below
 
 
-@pytest.mark.parametrize("command", STAGE_COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", MAKERS.values(), ids=" ".join)
 def test_a_command_trains(command, runs):
     """It ends, with finite losses, and its run has what its flags ask for."""
-    folder = runs.make(command)
-    rows = log(folder)
-    assert [row["step"] for row in rows] == [1, 2]
-    for row in rows:
-        assert math.isfinite(row["loss"])
-        assert 0 < row["grad_norm"] < math.inf
-    state = runs.state(command)
-    assert (state["stage"], state["step"]) == (command[0], 2)
-    assert all(tensor.isfinite().all() for tensor in state["model"].values())
     asked = vars(arguments(command))
+    state = runs(asked["output"])
+    rows = log(asked["output"])
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(math.isfinite(row["loss"]) and 0 < row["grad_norm"] < math.inf for row in rows)
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
     flags = {flag[2:].replace("-", "_") for flag in command if flag.startswith("--")}
-    for key in flags - SHRUNK - {"output"}:
+    for key in flags - SHRUNK:
         assert state["args"][key] == asked[key]
 
 
@@ -302,52 +234,58 @@ def blocks_of(network):
 
 @pytest.mark.parametrize("size, patch, drop_path", [("large", 16, 0.1), ("huge", 14, 0.3)])
 def test_table1_sizes(size, patch, drop_path, runs):
-    state = runs[f"runs/{size}/pretrain"]
+    state, tuned = runs(f"runs/{size}/pretrain"), runs(f"runs/{size}/finetune")
     vit = weights.network_of(state)
     depth = TINY_SIZES[size]["depth"]
     assert (len(vit.blocks), vit.patch_size, vit.grid) == (depth, patch, 4)
-    tuned = runs[f"runs/{size}/finetune"]
     assert tuned["identity"]["init"] == state["digest"]
-    scales = {group["lr_scale"] for group in tuned["optimizer"]["param_groups"]}
-    assert scales == {0.75 ** layer for layer in range(depth + 2)}
+    groups, lr = tuned["optimizer"]["param_groups"], log(f"runs/{size}/finetune")[-1]["lr"]
+    assert {group["lr_scale"] for group in groups} == {0.75 ** i for i in range(depth + 2)}
+    assert all(group["lr"] == pytest.approx(lr * group["lr_scale"]) for group in groups)
     assert weights.network_of(tuned).blocks[-1].drop_path.p == drop_path
 
 
 def test_table1_beits_other_vit_keeps_its_kind(runs):
-    tuned = runs["runs/relative/finetune"]["model_args"]
+    tuned = runs("runs/relative/finetune")["model_args"]
     assert (tuned["positions"], tuned["layer_scale"]) == ("block", 0.1)
 
 
 def test_table5_perceptual_networks(runs):
-    makers = [("tokenizer",), ("tokenizer", "--perceptual", "runs/paper/teacher"),
-              MAKERS["runs/resnet/tokenizer"], MAKERS["runs/vgg/tokenizer"]]
-    digests = {runs.state(command)["identity"]["perceptual"] for command in makers}
-    assert len(digests) == 4
+    tokenizers = [runs(f"runs/{name}/tokenizer") for name in ("paper", "resnet", "vgg")]
+    assert len({state["identity"]["perceptual"] for state in tokenizers}) == 3
 
 
-def test_table7_losses(runs):
+@pytest.mark.parametrize("name, weight", [
+    ("pixel", 0.0), ("lambda-0.3", 0.3), ("paper", 1.0), ("adversarial", 1.0)])
+def test_table7_losses(name, weight, runs):
     """L = L_pixel + λ L_percep + β L_commit, and what the adversarial ablation adds."""
-    for name, weight in (("pixel", 0.0), ("lambda-0.3", 0.3), ("paper", 1.0), ("adversarial", 1.0)):
-        for row in log(runs.make(MAKERS[f"runs/{name}/tokenizer"])):
-            whole = row["pixel"] + weight * row["perceptual"] + 0.25 * row["commitment"]
-            assert ("fool" in row) == (name == "adversarial")
-            if "fool" in row:
-                whole += 0.4 * row["fool"] + row["judge"]
-            assert row["loss"] == pytest.approx(whole, rel=1e-5)
-    assert "discriminator" in runs["runs/adversarial/tokenizer"]
+    folder = f"runs/{name}/tokenizer"
+    state = runs(folder)
+    for row in log(folder):
+        whole = row["pixel"] + weight * row["perceptual"] + 0.25 * row["commitment"]
+        if name == "adversarial":
+            whole += 0.4 * row["fool"] + row["judge"]
+        assert row["loss"] == pytest.approx(whole, rel=1e-5)
+        assert (row["perceptual"] > 0) == (weight > 0)
+    assert all(("distance" in row) == (weight > 0) for row in log(folder, "val"))
+    trained = state["optimizer"]
+    names = trained["param_groups"][0]["param_names"]
+    judge = [i for i, key in enumerate(names) if re.match(r"discriminator\..*weight", key)]
+    assert bool(judge) == (name == "adversarial")
+    assert all(trained["state"][i]["exp_avg"].any() for i in judge)
 
 
 def test_table8_a_masked_autoencoder_for_every_task(runs):
-    state = runs["runs/mae/pretrain"]
+    state = runs("runs/mae/pretrain")
     assert "lm_head.weight" not in state["model"]
     assert state["decoder"]["head.weight"].shape == (32, 32)                    # of K codes
     for stage in ("finetune", "segment", "detect"):
-        assert runs[f"runs/mae/{stage}"]["identity"]["init"] == state["digest"]
+        assert runs(f"runs/mae/{stage}")["identity"]["init"] == state["digest"]
 
 
 def test_table12_architectures(runs):
     peco, stride8, narrow, shallow = (
-        weights.network_of(runs[f"runs/{name}/tokenizer"])
+        weights.network_of(runs(f"runs/{name}/tokenizer"))
         for name in ("paper", "stride8", "narrow", "shallow"))
     assert (peco.stride, stride8.stride) == (16, 8)
     codes = stride8.encode(pixels(2, 3, 64, 64), grid=4)    # as pretrain.py: a code for each patch
@@ -367,14 +305,14 @@ def test_a_tools_command_runs(command, runs, capsys):
     """It ends, with a row in the run's log, or a picture, or a line that says what is nearer."""
     script, *flags = command
     for path in reads(command):
-        runs.make(MAKERS[path])
-    flags = [PLACEHOLDERS.get(flag, flag) for flag in flags]
+        runs(path)
+    flags = [PICTURES.get(flag, flag) for flag in flags]
     flags = [str(round(int(flag) * 16 / 196)) if flag.isdigit() else flag for flag in flags]
-    capsys.readouterr()
     if script != "tools.figures":
         TOOLS[script].main(TOOLS[script].get_args([*flags, "--workers", "0"]))
         assert log(flags[0])[-1]["images"] == IMAGES
         return
+    capsys.readouterr()
     figures.main(flags)
     out = capsys.readouterr().out
     if flags[0] == "nearer":
@@ -385,18 +323,19 @@ def test_a_tools_command_runs(command, runs, capsys):
 
 
 def test_figures_4_and_5_show_as_many_masked_patches(runs):
-    folder = runs.make(MAKERS["runs/paper/pretrain"])
-    images, masked, predicted, true = figures.masked_predictions(folder, 6, number=3)
-    grey = (masked == 0).all(1).float()                                         # (3, H, W)
-    patches = F.avg_pool2d(grey[:, None], 16)[:, 0]                             # (3, 4, 4)
-    assert (patches == 1).sum((1, 2)).tolist() == [6] * 3
-    shown = F.interpolate((patches == 1)[:, None].float(), (64, 64)) == 0
+    folder = "runs/paper/pretrain"
+    runs(folder)
+    images, masked, predicted, true = figures.masked_predictions(folder, 5, number=3)
+    grey = F.avg_pool2d((masked == 0).all(1).float(), 16) == 1                  # (3, 4, 4)
+    assert grey.sum((1, 2)).tolist() == [5] * 3
+    shown = F.interpolate((~grey)[:, None].float(), (64, 64))
     assert torch.equal(masked * shown, images * shown)
     assert predicted.shape == true.shape == images.shape
 
 
 def test_figure_1_an_image_is_nearest_to_itself(runs):
-    folder = runs.make(MAKERS["runs/paper/tokenizer"])
+    folder = "runs/paper/tokenizer"
+    runs(folder)
     found = figures.distances(folder, "one.png", ["other.png", "one.png"])
     for other, own in found.values():
         assert own == 0 < other
@@ -432,24 +371,17 @@ def test_table8_the_encoder_sees_no_masked_patch():
 def test_table8_every_masked_patch_is_predicted_in_its_place():
     """Logits come in the order of mask.nonzero(), each by its own position."""
     network = an_autoencoder()
+    decoder = network.decoder
     x = pixels(2, 3, 16, 16)
-    mask = random_masks(2, 4, 12)
-    seen = network.encoder.visible_tokens(x, mask)
-    assert seen.shape == (2, 1 + 4, 32)
-    rows = iter(network(x, mask))
-    for image in range(2):
-        tokens = [network.decoder.embed(seen[image, 0])]
-        visible = iter(seen[image, 1:])
-        for i in range(4):
-            for j in range(4):
-                masked = mask[image, i, j]
-                tokens.append(network.decoder.mask_token[0, 0] if masked
-                              else network.decoder.embed(next(visible)))
-        decoded = network.decoder.decode(torch.stack(tokens)[None])[0]
-        for i, j in mask[image].nonzero().tolist():
-            expected = network.decoder.head(decoded[1 + 4 * i + j])
-            assert torch.allclose(next(rows), expected, atol=1e-4)
-    assert next(rows, None) is None
+    masks = random_masks(2, 4, 12)
+    expected = []
+    for seen, mask in zip(network.encoder.visible_tokens(x, masks), masks.flatten(1), strict=True):
+        assert seen.shape == (1 + 4, 32)
+        cls, *visible = decoder.embed(seen)
+        tokens = [decoder.mask_token[0, 0] if hidden else visible.pop(0) for hidden in mask]
+        decoded = decoder.decode(torch.stack([cls, *tokens])[None])[0, 1:]
+        expected += [decoder.head(decoded[i]) for i in range(16) if mask[i]]
+    torch.testing.assert_close(network(x, masks), torch.stack(expected), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("grid, count", [(14, 147), (4, 12), (4, 0), (4, 16)])
@@ -463,34 +395,29 @@ def test_table8_masks_are_random_and_of_an_exact_count(grid, count):
     assert torch.equal(masks, random_masks(400, grid, count))
 
 
-def mean(values):
-    return sum(values) / len(values)
-
-
 def test_table8_its_loss_falls(chain, monkeypatch):
     monkeypatch.setattr(pretrain, "block_mask", None)       # masks are random_mask's
     run("pretrain", "--mae", "--mask-ratio", "0.75", *chain.inputs["pretrain"], "--steps", "30",
         "--log-every", "1", "--save-every", "100", "--lr", "2e-3", "--output", "run")
     losses = [row["loss"] for row in log("run")]
     assert losses[0] == pytest.approx(math.log(32), abs=1.0)                    # K codes alike
-    assert mean(losses[-5:]) < mean(losses[:5]) - 0.3
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3
 
 
 # ------------------------------------------------------------------------------------------------
 # Table 12: the tokenizer as a ViT
 
-def a_vit_tokenizer(**changes):
+def a_vit_tokenizer():
     torch.manual_seed(0)
-    network = VQTokenizer(**{**dict(
-        image_size=16, vit=dict(dim=32, depth=2, heads=2), patch_size=4, codebook_size=64,
-        code_dim=8), **changes})
+    network = VQTokenizer(image_size=16, vit=dict(dim=32, depth=2, heads=2), patch_size=4,
+                          codebook_size=64, code_dim=8)
     network.quantizer(network.encoder(pixels(8, 3, 16, 16, seed=1)))
-    network.quantizer.initialize(seeded())
-    return network
+    network.quantizer.initialize(torch.Generator())
+    return network.eval()
 
 
 def test_table12_vit_at_its_own_and_other_sizes():
-    network = a_vit_tokenizer().eval()
+    network = a_vit_tokenizer()
     assert network.stride == 4
     for height, width in ((16, 16), (24, 24), (8, 20)):
         x = pixels(2, 3, height, width)
@@ -504,29 +431,20 @@ def test_table12_vit_at_its_own_and_other_sizes():
 
 def test_table12_a_patch_comes_out_where_it_went_in():
     """A patch of pixels is that of its token: row by row from the top left."""
-    network = a_vit_tokenizer().eval()
-    decoder = network.decoder
-    z_q = torch.randn(1, 8, 4, 4, generator=seeded())
+    decoder = a_vit_tokenizer().decoder
+    z_q = pixels(1, 8, 4, 4)
     x = decoder.embed(z_q.flatten(2).mT) + decoder.pos_embed[:, 1:]
     for block in decoder.blocks:
         x = block(x, None)
     tokens = decoder.out(decoder.norm(x))[0]                                    # (N, 3·p²)
     image = decoder(z_q)[0]
-    for i in range(4):
-        for j in range(4):
-            patch = tokens[4 * i + j].view(3, 4, 4)
-            own = image[:, 4 * i:4 * i + 4, 4 * j:4 * j + 4]
-            assert torch.allclose(own, patch, atol=1e-5)
+    for i, j in np.ndindex(4, 4):
+        own = image[:, 4 * i:4 * i + 4, 4 * j:4 * j + 4]
+        assert torch.allclose(own, tokens[4 * i + j].view(3, 4, 4), atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------
 # Table 11: attacks
-
-def double_classifier():
-    """A smooth classifier of 8 × 8 images in double precision, with random weights."""
-    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Tanh(), nn.Linear(16, 5))
-    return randomize(network).double()
-
 
 def plain_attack(network, images, labels, momentum):
     """BIM, or MIM with its momentum, image by image on pixels in [0, 1], as their papers print."""
@@ -548,7 +466,8 @@ def plain_attack(network, images, labels, momentum):
 
 @pytest.mark.parametrize("name, momentum", [("bim", None), ("mim", 1.0)])
 def test_table11_attacks_against_a_plain_loop(name, momentum):
-    network = double_classifier()
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Tanh(), nn.Linear(16, 5))
+    randomize(network).double()                             # smooth
     images = pixels(3, 3, 8, 8).double()
     labels = torch.tensor([0, 3, 4])
     expected = plain_attack(network, images, labels, momentum)
@@ -559,13 +478,14 @@ def test_table11_attacks_against_a_plain_loop(name, momentum):
 
 
 def test_table11_its_row_is_the_accuracy_under_attack(runs):
-    folder = runs.make(MAKERS["runs/paper/finetune"])
+    folder = "runs/paper/finetune"
+    runs(folder)
     attack.main(attack.get_args([folder, "--images", "3", "--workers", "0"]))
     row = log(folder)[-1]
     assert row["images"] == 3
     network = weights.load(folder)
     dataset = data.load_dataset("synthetic", "val", network.image_size)
-    drawn = torch.randperm(IMAGES, generator=seeded())[:3].tolist()
+    drawn = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(0))[:3].tolist()
     images = torch.stack([network.preprocess(dataset[index][0]) for index in drawn])
     labels = torch.tensor([dataset.targets[index] for index in drawn])
     for name, attacked in (("clean", images), ("bim", attack.bim(network, images, labels))):
