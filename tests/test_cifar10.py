@@ -5,23 +5,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers import rows
 from test_data import make_folder
 
 from tools import cifar10, codewords, probe
-
-
-def plan(monkeypatch, *flags, run=None):
-    """The command lines of the tool's, which are not run but by `run`."""
-    commands = []
-
-    def note(command, data):
-        commands.append(command)
-        if run:
-            run(command)
-
-    monkeypatch.setattr(cifar10, "run", note)
-    cifar10.main(cifar10.get_args([*flags]))
-    return commands
 
 
 def parsed(command, *more):
@@ -32,23 +19,19 @@ def parsed(command, *more):
 
 
 def test_each_command_reads_what_one_before_it_wrote(monkeypatch):
-    commands = plan(monkeypatch, "--ablations")
-    assert len(commands) == len(set(commands))
-    written = set()
+    commands, written = [], set()
+    monkeypatch.setattr(cifar10, "run", lambda command, data: commands.append(command))
+    cifar10.main(cifar10.get_args(["--ablations"]))
+    assert len(commands) == len(set(commands)) > 100
     for command in commands:
-        _, args = parsed(command)
-        words = [word for word in command.split() if word.startswith("runs/cifar/")]
-        output = getattr(args, "output", None)
-        assert set(words) - {output} <= written, command
+        output = getattr(parsed(command)[1], "output", None)
+        read = {word for word in command.split() if word.startswith("runs/cifar/")} - {output}
+        assert read <= written, command
         written.add(output)
 
 
 def test_a_small_run_and_its_tables(folder, monkeypatch, capsys):
-    make_folder(folder / "tiny", [f"class {i}" for i in range(10)], images=4)
-    monkeypatch.setattr(probe, "linear_probe", partial(probe.linear_probe, steps=20))
-    monkeypatch.setattr(codewords, "linear_probe", probe.linear_probe)
-
-    def short(command):
+    def short(command, data):
         more = ["--workers", "0"]
         if not command.startswith("tools."):
             command = command.partition(" --epochs")[0].partition(" --steps")[0]
@@ -56,37 +39,38 @@ def test_a_small_run_and_its_tables(folder, monkeypatch, capsys):
         module, args = parsed(command, *more)
         module.main(args)
 
-    plan(monkeypatch, "--arms", "pixel", "--seeds", "0", run=short)
+    make_folder(folder / "tiny", [f"class {i}" for i in range(10)], images=4)
+    monkeypatch.setattr(cifar10, "run", short)
+    monkeypatch.setattr(probe, "linear_probe", partial(probe.linear_probe, steps=20))
+    monkeypatch.setattr(codewords, "linear_probe", probe.linear_probe)
+    cifar10.main(cifar10.get_args(["--arms", "pixel", "--seeds", "0"]))
     header, _, row, *_ = capsys.readouterr().out.split("\n| pre-training ")[1].splitlines()
     figures = row.split(" | ")[1:]
     assert len(figures) == len(cifar10.ACCURACY) + len(cifar10.CODES) + 1
     assert all(figures)
     for run, fraction in (("finetune", 1.0), ("finetune-10", 0.1), ("finetune-1", 0.01)):
-        first, *rows = Path(f"runs/cifar/{run}-pixel-0/log.jsonl").read_text().splitlines()
-        assert json.loads(first)["args"]["label_fraction"] == fraction
-        images = [row["images"] for row in map(json.loads, rows) if row.get("split") == "val"]
-        assert images == [40]
+        assert rows(f"runs/cifar/{run}-pixel-0")[0]["args"]["label_fraction"] == fraction
 
 
-def test_tables_are_means_and_errors_over_seeds(folder):
+def test_tables_are_means_and_errors_over_seeds():
     for seed, top1 in enumerate((40.0, 42.0, 47.0)):
-        log = folder / f"runs/cifar/finetune-peco-{seed}/log.jsonl"
-        log.parent.mkdir(parents=True)
-        rows = [dict(args={}), dict(split="val", top1=1.0), dict(split="val", top1=top1),
-                dict(attack=True, bim=top1 / 2)]
-        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run = Path(f"runs/cifar/finetune-peco-{seed}")
+        run.mkdir(parents=True)
+        lines = [dict(args={}), dict(split="val", top1=1.0), dict(split="val", top1=top1),
+                 dict(attack=True, bim=top1 / 2)]
+        (run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     row = cifar10.tables(["peco"], [0, 1, 2], False).splitlines()[2].split(" | ")
     assert row[1:7] == ["43.0 ± 2.1", "", "", "", "", "21.5 ± 1.0"]
     assert cifar10.tables(["peco"], [1], False).splitlines()[2].split(" | ")[1] == "42.0"
 
 
-def test_a_tool_is_run_once_and_a_failure_ends_the_rest(folder, monkeypatch, capfd):
-    (folder / "tools").mkdir()
-    (folder / "tools/attack.py").write_text(
-        "open('runs/cifar/x/log.jsonl', 'a').write('{\"attack\": true}\\n')")
-    (folder / "finetune.py").write_text("import sys; sys.exit(3)")
-    log = folder / "runs/cifar/x/log.jsonl"
+def test_a_tool_is_run_once_and_a_failure_ends_the_rest(capfd):
+    log = Path("runs/cifar/x/log.jsonl")
     log.parent.mkdir(parents=True)
+    Path("tools").mkdir()
+    Path("tools/attack.py").write_text(
+        "open('runs/cifar/x/log.jsonl', 'a').write('{\"attack\": true}\\n')")
+    Path("finetune.py").write_text("import sys; sys.exit(3)")
     for _ in range(2):
         cifar10.run("tools.attack runs/cifar/x --images 9")
     assert len(log.read_text().splitlines()) == 1
