@@ -2,14 +2,14 @@
 
 Then what it does not put into equations: how the codebook begins, codes out of use, the tokenizer.
 """
-import functools
+import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import COMMON, OWN, STAGES, run
-from helpers import TinyVGG, log, pixels, seeded, statistics, tiny_resnet50, tiny_vit
+from helpers import TinyVGG, log, pixels, randomize, seeded, statistics, tiny_resnet50, tiny_vit
 
 import data
 import model
@@ -32,24 +32,15 @@ def vectors(batch, dim, height, width, seed=2):
 
 def plain_nearest(z, codebook):
     """Index of the nearest code for each row, by loops."""
-    best = []
-    for row in z:
-        distances = []
-        for code in codebook:
-            distances.append(sum((a - b) ** 2 for a, b in zip(row, code, strict=True)))
-        best.append(distances.index(min(distances)))
-    return best
+    distances = [[math.dist(row, code) for code in codebook] for row in z]
+    return [row.index(min(row)) for row in distances]
 
 
 def plain_rows(z_e):
     """(B, D, h, w) → B·h·w rows, by loops."""
     images, _, height, width = z_e.shape
-    rows = []
-    for b in range(images):
-        for y in range(height):
-            for x in range(width):
-                rows.append(z_e[b, :, y, x].tolist())
-    return rows
+    places = itertools.product(range(images), range(height), range(width))
+    return [z_e[b, :, y, x].tolist() for b, y, x in places]
 
 
 @pytest.fixture(scope="module")
@@ -66,69 +57,51 @@ def one_step(stage, transform, *flags):
 
     With lr 0 the step changes nothing, so its checkpoint is what it began from.
     """
-    flags = ["--lr", "0", "--steps", "1", "--accumulate", "2", "--output", "run", *flags]
+    flags = [*flags, "--crop-min", "0.5", "--lr", "0", "--steps", "1", "--accumulate", "2",
+             "--output", "run"]
     run(stage, *flags)
     args = STAGES[stage].get_args([*COMMON, *OWN[stage], *flags])
     dataset = data.load_dataset(args.data, "train", args.image_size)
-    loader = data.TrainLoader(dataset, transform(args), args, 0, 1, torch.device("cpu"))
+    loader = data.TrainLoader(dataset, transform, args, 0, 1, torch.device("cpu"))
     (row,) = log("run")
     return weights.load("run").requires_grad_(), row, next(iter(loader))
 
 
 def gradient_norm(module):
-    squares = [p.grad.square().sum() for p in module.parameters() if p.grad is not None]
-    return math.sqrt(sum(squares))
+    return math.hypot(*[p.grad.norm() for p in module.parameters() if p.grad is not None])
 
 
 # ------------------------------------------------------------------------------------------------
 # Eq. 1: the code of a vector is its nearest codeword
 
-def test_eq1_nearest_codeword_against_plain_loops():
+@pytest.mark.parametrize("batch, height, width", [(2, 3, 4), (1, 32, 32), (1, 25, 41)])
+def test_eq1_nearest_codeword_against_plain_loops(batch, height, width):
+    """Of fewer rows than the block in which they are looked up, of as many, of one more."""
     q = a_quantizer()
-    z = vectors(2, 3, 3, 4)
-    expected = plain_nearest(plain_rows(z), q.codebook.tolist())
-    assert q.nearest(torch.tensor(plain_rows(z), dtype=torch.float64)).tolist() == expected
-    _, codes, _ = q(z)
-    assert codes.shape == (2, 3, 4)
-    assert codes.flatten().tolist() == expected
-
-
-@pytest.mark.parametrize("rows", [1, 1024, 1025])
-def test_eq1_is_the_same_in_blocks(rows):
-    q = a_quantizer(size=40, dim=5)
-    z = torch.randn(rows, 5, generator=seeded(3)).double()
-    distances = (z[:, None] - q.codebook).square().sum(2)   # the full matrix
-    assert torch.equal(q.nearest(z), distances.argmin(1))
+    z_e = vectors(batch, 3, height, width)
+    _, codes, _ = q(z_e)
+    assert codes.shape == (batch, height, width)
+    assert codes.flatten().tolist() == plain_nearest(plain_rows(z_e), q.codebook.tolist())
 
 
 def test_eq1_in_fp32_under_autocast():
-    t = VQTokenizer(16, channels=(16,), codebook_size=512, code_dim=16).eval()
-    t.encoder = torch.nn.Identity()
-    q = t.quantizer
+    q = Quantizer(512, 16).eval()
     q.codebook.copy_(torch.randn(512, 16, generator=seeded()) * 0.05 + 1)
-    z = torch.randn(2, 16, 16, 16, generator=seeded(1)) * 0.05 + 1
-    rows = z.permute(0, 2, 3, 1).flatten(0, 2)
-    z_q, codes, _ = q(z)
+    z_e = torch.randn(2, 16, 16, 16, generator=seeded(1)) * 0.05 + 1
+    z_q, codes, _ = q(z_e)
     with torch.autocast("cpu", torch.bfloat16):
-        z_q16, codes16, _ = q(z)
-        encoded = t.encode(z)
-        naive = (q.codebook.square().sum(1) - 2 * rows @ q.codebook.T).argmin(1)
+        z_q16, codes16, _ = q(z_e)
+        encoded = q.encode(z_e)
+        products = z_e.permute(0, 2, 3, 1) @ q.codebook.T
+        naive = (q.codebook.square().sum(1) - 2 * products).argmin(3)
     assert torch.equal(codes, codes16)
     assert torch.equal(codes, encoded)
     assert torch.equal(z_q, z_q16)
-    assert not torch.equal(naive, codes.flatten())          # the control: bf16 finds others
+    assert not torch.equal(naive, codes)                    # the control: bf16 finds others
 
 
 # ------------------------------------------------------------------------------------------------
 # Eq. 2: z_q, what is decoded, is the codeword
-
-def test_eq2_quantized_vectors_are_the_codewords():
-    q = a_quantizer()
-    z_q, codes, _ = q(vectors(2, 3, 3, 4))
-    expected = q.codebook[codes].permute(0, 3, 1, 2)
-    assert torch.allclose(z_q, expected, rtol=1e-12)
-    assert torch.equal(q.lookup(codes), expected)
-
 
 @pytest.mark.parametrize("size", [16, 24])
 def test_eq2_decoded_codes_are_the_reconstruction(size, small_tokenizer):
@@ -144,60 +117,39 @@ def test_eq2_decoded_codes_are_the_reconstruction(size, small_tokenizer):
 # ------------------------------------------------------------------------------------------------
 # Eq. 3: VQ-VAE's commitment term, straight-through gradient and codebook term
 
-def test_eq3_commitment_pulls_the_encoder_only():
+def test_eq3_gradients():
+    """Straight through, ∂f(z_q)/∂z_e = f′(z_q), here of f(z) = Σ z³; and that of L_commit."""
     q = a_quantizer()
     z_e = vectors(2, 3, 2, 2).requires_grad_()
-    _, codes, l_commit = q(z_e)
-    e = q.lookup(codes)
-    expected = (z_e - e).square().mean()
-    assert math.isclose(l_commit.item(), expected.item(), rel_tol=1e-12)
-    l_commit.backward()
-    assert torch.allclose(z_e.grad, 2 * (z_e.detach() - e) / z_e.numel(), rtol=1e-12)
-    assert list(q.parameters()) == []
-    assert q.codebook.grad is None
-    assert not e.requires_grad
-
-
-def test_eq3_straight_through_gradient():
-    """∂f(z_q)/∂z_e = f′(z_q)."""
-    q = a_quantizer()
-    target = vectors(2, 3, 2, 2, seed=5)
-
-    def f(z):
-        return ((z - target) ** 3).sum()
-
-    z_e = vectors(2, 3, 2, 2).requires_grad_()
-    z_q, codes, _ = q(z_e)
-    f(z_q).backward()
-    leaf = q.lookup(codes).clone().requires_grad_()
-    f(leaf).backward()
-    assert torch.allclose(z_e.grad, leaf.grad, rtol=1e-12)
-    assert not torch.allclose(z_q, z_e, atol=0.1)           # the quantization did something
+    z_q, codes, l_commit = q(z_e)
+    e = q.codebook[codes].permute(0, 3, 1, 2)               # Eq. 2
+    assert torch.allclose(z_q, e, rtol=1e-12)
+    assert not torch.allclose(z_e, e, atol=0.1)             # the quantization did something
+    assert math.isclose(l_commit.item(), (z_e - e).square().mean().item(), rel_tol=1e-12)
+    (straight_through,) = torch.autograd.grad((z_q ** 3).sum(), z_e)
+    assert torch.allclose(straight_through, 3 * e ** 2, rtol=1e-12)
+    (commitment,) = torch.autograd.grad(l_commit, z_e)
+    assert torch.allclose(commitment, 2 * (z_e - e) / z_e.numel(), rtol=1e-12)
+    assert list(q.parameters()) == []                       # the codebook has none
 
 
 def test_eq3_moving_averages_against_a_plain_loop():
     q = a_quantizer()
-    count = q.count.tolist()
-    total = q.sum.tolist()
+    count, total = q.count.tolist(), q.sum.tolist()
     for step in range(2):
-        codebook = q.codebook.tolist()
-        seen = []
-        for micro_batch in range(2):
-            z = vectors(2, 3, 2, 2, seed=10 * step + micro_batch)
-            q(z)
-            seen += plain_rows(z)
+        micro_batches = [vectors(2, 3, 2, 2, seed=10 * step + i) for i in range(2)]
+        rows = plain_rows(torch.cat(micro_batches))
+        codes = plain_nearest(rows, q.codebook.tolist())
+        for z_e in micro_batches:
+            q(z_e)
         q.update(seeded())
-        codes = plain_nearest(seen, codebook)
-        expected = []
         for k in range(6):
-            own = [row for row, code in zip(seen, codes, strict=True) if code == k]
+            own = [row for row, code in zip(rows, codes, strict=True) if code == k]
             count[k] = 0.9 * count[k] + 0.1 * len(own)
-            for d in range(3):
-                total[k][d] = 0.9 * total[k][d] + 0.1 * sum(row[d] for row in own)
-            expected.append([value / count[k] for value in total[k]])
-        for found, plain in ((q.count, count), (q.sum, total), (q.codebook, expected)):
+            total[k] = [0.9 * total[k][d] + 0.1 * sum(row[d] for row in own) for d in range(3)]
+        means = [[value / n for value in m] for m, n in zip(total, count, strict=True)]
+        for found, plain in ((q.count, count), (q.sum, total), (q.codebook, means)):
             assert torch.allclose(found, torch.tensor(plain, dtype=torch.float64), rtol=1e-12)
-        assert q.pending == []
 
 
 # ------------------------------------------------------------------------------------------------
@@ -212,80 +164,67 @@ def plain_perceptual(maps, maps_hat):
 
     total = 0.0
     for f, f_hat in zip(maps, maps_hat, strict=True):
-        images, channels, height, width = f.shape
-        rows = zip(plain_rows(f), plain_rows(f_hat), strict=True)
-        for one, other in rows:
-            pairs = zip(normalised(one), normalised(other), strict=True)
-            total += sum((p - q) ** 2 for p, q in pairs) / (channels * height * width) / images
+        for one, other in zip(plain_rows(f), plain_rows(f_hat), strict=True):
+            total += math.dist(normalised(one), normalised(other)) ** 2 / f.numel()
     return total
 
 
-def test_eq4_against_a_plain_loop():
-    network = tiny_vit(depth=4, positions="absolute", layer_scale=0.0, mean=IMAGENET_MEAN,
-                       std=IMAGENET_STD)
-    l_percep = PerceptualLoss(network, layers=[1, 3])
-    x = pixels(2, 3, 16, 16)
-    x_hat = pixels(2, 3, 16, 16, seed=1)
+def vit_maps(network, inputs):
+    inputs = F.interpolate(inputs, (16, 16), mode="bicubic", antialias=True)    # its own size
+    tokens = network.patch_embed(inputs)
+    tokens = torch.cat([network.cls_token.expand(2, -1, -1), tokens], 1) + network.pos_embed
+    for block in network.blocks:
+        tokens = block(tokens, Grid(4, 4, None))
+        yield tokens[:, 1:].mT.unflatten(2, (4, 4))
+
+
+def vgg_maps(network, inputs):
+    return [network.features[:end](inputs) for end in (4, 9, 16, 23, 30)]       # after ReLUs
+
+
+def resnet_maps(network, inputs):
+    x = network.maxpool(network.relu(network.bn1(network.conv1(inputs))))
+    for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
+        x = stage(x)
+        yield x
+
+
+@pytest.mark.parametrize("build, maps, layers", [
+    (lambda: tiny_vit(depth=4, positions="absolute", layer_scale=0.0, mean=IMAGENET_MEAN,
+                      std=IMAGENET_STD), vit_maps, [1, 3]),
+    (TinyVGG, vgg_maps, [2, 4]),
+    (TinyVGG, vgg_maps, [1, 2, 3, 4, 5]),
+    (tiny_resnet50, resnet_maps, [1, 2, 3, 4]),
+])
+def test_eq4_against_a_plain_loop(build, maps, layers):
+    """Layer by layer by hand, on images of another size. The gradient is the reconstruction's."""
+    torch.manual_seed(0)
+    network = build()
+    l_percep = PerceptualLoss(network, layers).train()
+    assert not any(module.training for module in l_percep.modules())    # frozen for good
+    x, x_hat = [pixels(2, 3, 24, 16, seed=seed).requires_grad_() for seed in (0, 1)]
+    loss = l_percep(x, x_hat)
     mean, std = statistics()
-    maps = []
-    for images in (x, x_hat):                               # through the blocks by hand
-        tokens = network.patch_embed(((images + 1) / 2 - mean) / std)
-        tokens = torch.cat([network.cls_token.expand(2, -1, -1), tokens], 1) + network.pos_embed
-        after = []
-        for block in network.blocks:
-            tokens = block(tokens, Grid(4, 4, None))
-            after.append(tokens[:, 1:].transpose(1, 2).reshape(2, 32, 4, 4))
-        maps.append([after[0], after[2]])
-    assert math.isclose(l_percep(x, x_hat).item(), plain_perceptual(*maps), rel_tol=1e-4)
+    plain = []
+    for images in (x, x_hat):
+        every = list(maps(network, ((images + 1) / 2 - mean) / std))
+        plain.append([every[layer - 1] for layer in layers])
+    assert loss.item() == pytest.approx(plain_perceptual(*plain), rel=1e-4)
     assert l_percep(x, x.clone()).item() == 0
-
-
-def test_eq4_gradient_reaches_the_reconstruction_only():
-    l_percep = PerceptualLoss(tiny_vit(positions="absolute"), [1, 2]).train()
-    x = pixels(2, 3, 16, 16).requires_grad_()
-    x_hat = pixels(2, 3, 16, 16, seed=1).requires_grad_()
-    l_percep(x, x_hat).backward()
+    loss.backward()
     assert x.grad is None
     assert x_hat.grad.abs().sum() > 0
     assert all(p.grad is None and not p.requires_grad for p in l_percep.parameters())
-    assert not l_percep.network.training                    # frozen for good
 
 
-def test_eq4_layers_default_to_the_quarters():
-    assert PerceptualLoss(tiny_vit(depth=12)).layers == [3, 6, 9, 12]           # the paper's
+def test_eq4_layers_default_to_the_papers():
+    assert PerceptualLoss(tiny_vit(depth=12)).layers == [3, 6, 9, 12]
     assert PerceptualLoss(tiny_vit(depth=4)).layers == [1, 2, 3, 4]
+    assert PerceptualLoss(TinyVGG()).layers == [1, 2, 3, 4, 5]
+    assert PerceptualLoss(tiny_resnet50()).layers == [1, 2, 3, 4]
     for layers in ([0], [1, 3]):
         with pytest.raises(ValueError, match="layers"):
             PerceptualLoss(tiny_vit(depth=2), layers)
-
-
-@pytest.mark.parametrize("build, layers, shapes", [
-    (TinyVGG, None, [(8, 32), (8, 16), (8, 8), (8, 4), (8, 2)]),
-    (TinyVGG, [2, 4], [(8, 16), (8, 4)]),
-    (tiny_resnet50, None, [(256, 8), (512, 4), (1024, 2), (2048, 1)]),
-])
-def test_eq4_of_convnets(build, layers, shapes):
-    torch.manual_seed(0)
-    l_percep = PerceptualLoss(build(), layers).train()
-    statistics_before = [buffer.clone() for buffer in l_percep.network.buffers()]
-    seen = []
-    l_percep.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    x_hat = pixels(1, 3, 32, 32, seed=1).requires_grad_()
-    x = pixels(1, 3, 32, 32)
-    assert [(f.shape[1], f.shape[2]) for f in l_percep.features(x)] == shapes
-    mean, std = statistics()
-    assert torch.allclose(seen[0], ((x + 1) / 2 - mean) / std, atol=1e-6)
-    assert all(f.min() >= 0 for f in l_percep.network(x).values())      # after the activation
-    l_percep(x, x_hat).backward()
-    assert x_hat.grad.abs().sum() > 0
-    for before, after in zip(statistics_before, l_percep.network.buffers(), strict=True):
-        assert torch.equal(before, after)
-
-
-@pytest.mark.parametrize("size", [(24, 24), (24, 16)])
-def test_eq4_a_vit_sees_images_of_its_own_size(size):
-    (features,) = PerceptualLoss(tiny_vit(), [1]).features(pixels(1, 3, *size))
-    assert features.shape == (1, 32, 4, 4)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -295,31 +234,23 @@ def test_eq5_one_step_of_the_loss_against_a_plain_sum(chain):
     """L = L_pixel + λ L_percep + β L_commit and its gradient, in tokenizer.py's first step."""
     teacher = str(chain.teacher)
     network, row, step = one_step(
-        "tokenizer", lambda args: data.crop_and_flip(args.image_size, args.crop_min),
-        "--perceptual", teacher, "--perceptual-weight", "0.3", "--commitment-weight", "20",
-        "--decay", "0.999999999", "--revive", "0")
-    x = torch.cat([images for images, _ in step])
-    assert x.shape == (16, 3, 32, 32)
-
+        "tokenizer", data.crop_and_flip(32, 0.5), "--perceptual", teacher,
+        "--perceptual-weight", "0.3", "--commitment-weight", "20", "--decay", "0.999999999",
+        "--revive", "0")
+    x = torch.cat([images for images, _ in step])                               # (16, 3, 32, 32)
     z_e = network.encoder(x)                                                    # (16, 32, 4, 4)
     rows = z_e.permute(0, 2, 3, 1)                                              # (16, 4, 4, 32)
     distances = (rows.unsqueeze(3) - network.quantizer.codebook).square().sum(4)
     z_q = network.quantizer.codebook[distances.argmin(3)].permute(0, 3, 1, 2)
     x_hat = network.decoder(z_e + (z_q - z_e).detach())
-    l_pixel = (x - x_hat).square().sum() / (16 * 32 * 32 * 3)
-    l_commit = (z_q - z_e).square().sum() / z_e.numel()
-    perceptual = PerceptualLoss(weights.load(teacher))
-    l_percep = 0.0
-    for f, f_hat in zip(perceptual.features(x), perceptual.features(x_hat), strict=True):
-        images, channels, height, width = f.shape
-        l_percep += (f - f_hat).square().sum() / (channels * height * width) / images
-    loss = l_pixel + 0.3 * l_percep + 20 * l_commit
+    terms = dict(
+        pixel=(x - x_hat).square().sum() / (16 * 32 * 32 * 3),
+        perceptual=PerceptualLoss(weights.load(teacher))(x, x_hat),             # as Eq. 4 says
+        commitment=(z_q - z_e).square().sum() / z_e.numel())
+    loss = terms["pixel"] + 0.3 * terms["perceptual"] + 20 * terms["commitment"]
     loss.backward()
-
-    assert row["pixel"] == pytest.approx(l_pixel.item(), rel=1e-4)
-    assert row["perceptual"] == pytest.approx(l_percep.item(), rel=1e-4)
-    assert row["commitment"] == pytest.approx(l_commit.item(), rel=1e-4)
-    assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    for name, term in (terms | dict(loss=loss)).items():
+        assert row[name] == pytest.approx(term.item(), rel=1e-4), name
     assert row["grad_norm"] == pytest.approx(gradient_norm(network), rel=1e-3)
 
 
@@ -331,30 +262,26 @@ def test_eq6_masked_patches_become_the_mask_token():
     x = pixels(2, 3, 16, 16)
     mask = torch.rand(2, 4, 4, generator=seeded()) < 0.5
     tokens, _ = vit.embed(x, mask)                                              # (2, 17, 32)
-    for b in range(2):
-        assert torch.equal(tokens[b, 0], vit.cls_token[0, 0])
-        for i in range(4):
-            for j in range(4):
-                patch = x[b, :, 4 * i:4 * i + 4, 4 * j:4 * j + 4]
-                embedding = (vit.patch_embed.proj.weight * patch).sum((1, 2, 3))
-                expected = embedding + vit.patch_embed.proj.bias
-                if mask[b, i, j]:
-                    expected = vit.mask_token[0, 0]
-                assert torch.allclose(tokens[b, 1 + 4 * i + j], expected, atol=1e-5)
+    assert torch.equal(tokens[:, :1], vit.cls_token.expand(2, -1, -1))
+    for b, i, j in itertools.product(range(2), range(4), range(4)):
+        patch = x[b, :, 4 * i:4 * i + 4, 4 * j:4 * j + 4]
+        embedding = (vit.patch_embed.proj.weight * patch).sum((1, 2, 3)) + vit.patch_embed.proj.bias
+        expected = vit.mask_token[0, 0] if mask[b, i, j] else embedding
+        assert torch.allclose(tokens[b, 1 + 4 * i + j], expected, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------
 # Eq. 7: the codes of masked patches are predicted
 
 def test_eq7_one_step_of_the_loss_against_a_plain_loop(chain):
-    """−log p(code | masked image), averaged over all masked patches, as pretrain.py's first step.
-
-    The codes are of the whole image.
+    """−log p(code of the whole image | masked image), averaged over all of a step's masked patches.
     """
     tokenizer = weights.load(chain.tokenizer)
+    transform = pretrain.AugmentAndMask(
+        data.crop_and_flip(32, 0.5), lambda: model.block_mask(4, 6, 2), jitter=0.4)
     vit, row, step = one_step(
-        "pretrain", transform_of_pretrain, *chain.inputs["pretrain"], "--mask-ratio", "0.4",
-        "--drop-path", "0")
+        "pretrain", transform, *chain.inputs["pretrain"], "--mask-ratio", "0.4", "--mask-block",
+        "2", "--jitter", "0.4", "--drop-path", "0")
     total = right = patches = 0
     for (images, masks, factors), _ in step:
         images = data.color_jitter(images, factors)
@@ -375,47 +302,20 @@ def test_eq7_one_step_of_the_loss_against_a_plain_loop(chain):
     assert row["grad_norm"] == pytest.approx(gradient_norm(vit), rel=1e-3)
 
 
-def transform_of_pretrain(args):
-    augment = data.crop_and_flip(args.image_size, args.crop_min)
-    masked = round(args.mask_ratio * 16)
-    make_mask = functools.partial(model.block_mask, 4, masked, args.mask_block)
-    return pretrain.AugmentAndMask(augment, make_mask, args.jitter)
-
-
 # ------------------------------------------------------------------------------------------------
 # Eq. 8: the adversarial ablation
 
-class Judge(torch.nn.Module):
-    """A discriminator of two weights, so that logits are of all sizes: (B, 3, H, W) → (B, 1, 2, 2).
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.tensor(4.0))
-        self.shift = torch.nn.Parameter(torch.tensor(-0.5))
-
-    def forward(self, images):
-        patches = F.adaptive_avg_pool2d(images.mean(1, keepdim=True), 2)
-        return 20 * self.scale * patches + self.shift
-
-
 def test_eq8_against_plain_loops():
     """D: −log D(x) − log(1 − D(x̂)); the tokenizer: −log D(x̂); D is a sigmoid, of each patch."""
-    judge = Judge()
-    x = pixels(3, 3, 8, 8)
-    x_hat = pixels(3, 3, 8, 8, seed=1)
+    judge = randomize(torch.nn.Conv2d(3, 1, 4, stride=4))
+    x, x_hat = pixels(3, 3, 16, 16), pixels(3, 3, 16, 16, seed=1)
     l_fool, l_judge = model.adversarial(judge, judge, x, x_hat)
-
-    def probabilities(images):
-        return [1 / (1 + math.exp(-logit)) for logit in judge(images).flatten().tolist()]
-
-    real, fake = probabilities(x), probabilities(x_hat)
-    assert len(real) == len(fake) == 3 * 4
+    real, fake = [[1 / (1 + math.exp(-logit)) for logit in judge(images).flatten().tolist()]
+                  for images in (x, x_hat)]
+    assert len(real) == len(fake) == 3 * 16
     assert min(real) < 0.2 and max(real) > 0.8
-    fool = judged = 0.0
-    for d_real, d_fake in zip(real, fake, strict=True):
-        fool -= math.log(d_fake) / 12
-        judged -= (math.log(d_real) + math.log(1 - d_fake)) / 12
+    fool = -sum(math.log(d) for d in fake) / 48
+    judged = -sum(math.log(d) for d in real) / 48 - sum(math.log(1 - d) for d in fake) / 48
     assert l_fool.item() == pytest.approx(fool, rel=1e-4)
     assert l_judge.item() == pytest.approx(judged, rel=1e-4)
 
@@ -423,35 +323,28 @@ def test_eq8_against_plain_loops():
 def test_eq8_each_term_has_a_gradient_to_its_own_network_alone():
     torch.manual_seed(0)
     judge = model.PatchDiscriminator(16)
-    weights_of_judge = list(judge.parameters())
-    x = pixels(2, 3, 32, 32).requires_grad_()
-    x_hat = pixels(2, 3, 32, 32, seed=1).requires_grad_()
+    x, x_hat = [pixels(2, 3, 32, 32, seed=seed).requires_grad_() for seed in (0, 1)]
     l_fool, l_judge = model.adversarial(judge, judge, x, x_hat)
-
-    def gradients(loss, inputs):
-        return torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True)
-
-    assert all(gradient is None for gradient in gradients(l_fool, weights_of_judge))
-    assert gradients(l_judge, [x_hat]) == (None,)
-    assert gradients(l_fool, [x]) == (None,)
-    assert gradients(l_fool, [x_hat])[0].abs().sum() > 0
-    assert all(gradient.abs().sum() > 0 for gradient in gradients(l_judge, weights_of_judge))
+    l_fool.backward()
+    assert x_hat.grad.abs().sum() > 0
+    assert x.grad is None
+    assert all(p.grad is None for p in judge.parameters())
+    x_hat.grad = None
+    l_judge.backward()
+    assert x_hat.grad is None
+    assert all(p.grad.abs().sum() > 0 for p in judge.parameters())
 
 
 def test_eq8_the_discriminator_is_patch_based():
-    """VQGAN's: 2.8 M weights, and a field of 70 × 70 pixels a logit, but for the norms' statistics.
-    """
+    """VQGAN's: 2.8 M weights; a logit sees 70 × 70 pixels, but for the norms' statistics."""
     torch.manual_seed(0)
     judge = model.PatchDiscriminator()
     assert 2.7e6 < sum(p.numel() for p in judge.parameters()) < 2.8e6
-    for name, module in judge.named_children():
-        if isinstance(module, torch.nn.GroupNorm):
-            setattr(judge, name, torch.nn.Identity())
+    plain = torch.nn.Sequential(*[m for m in judge if not isinstance(m, torch.nn.GroupNorm)])
     x = pixels(1, 3, 128, 128).requires_grad_()
-    judge(x)[0, 0, 7, 7].backward()
-    rows, columns = x.grad[0].abs().amax(0).nonzero(as_tuple=True)
-    for side in (rows, columns):
-        assert side.max() - side.min() + 1 == 70
+    plain(x)[0, 0, 7, 7].backward()
+    for place in x.grad[0].abs().amax(0).nonzero(as_tuple=True):        # rows, columns
+        assert place.max() - place.min() + 1 == 70
 
 
 # ------------------------------------------------------------------------------------------------
@@ -459,14 +352,13 @@ def test_eq8_the_discriminator_is_patch_based():
 
 def test_the_codebook_begins_as_vectors_of_the_batch():
     q = Quantizer(5, 3).double()
-    seen = []
-    for micro_batch in range(2):
-        z = vectors(2, 3, 4, 4, seed=micro_batch)
-        q(z)
-        seen += plain_rows(z)
+    micro_batches = [vectors(2, 3, 4, 4, seed=i) for i in range(2)]
+    for z_e in micro_batches:
+        q(z_e)
     q.eval()(vectors(2, 3, 4, 4))                           # an evaluation's do not count
     q.initialize(seeded())
-    assert all(code in seen for code in q.codebook.tolist())
+    rows = plain_rows(torch.cat(micro_batches))
+    assert all(code in rows for code in q.codebook.tolist())
     assert len(q.codebook.unique(dim=0)) == 5
     assert q.count.tolist() == [64 / 5] * 5
     assert torch.allclose(q.sum, q.codebook * 64 / 5, rtol=1e-12)
@@ -481,8 +373,7 @@ def test_a_dead_code_starts_anew_with_its_statistics():
     z = vectors(4, 2, 3, 3)
     q(z)
     q.update(seeded())
-    rows = torch.tensor(plain_rows(z), dtype=torch.float64)
-    assert (rows - q.codebook[3]).abs().amax(1).min() < 1e-12
+    assert min(math.dist(row, q.codebook[3]) for row in plain_rows(z)) < 1e-12
     assert q.count[3] >= q.revive * q.count.mean()          # else it is replaced at once again
     q(z)
     assert (q.pending[0][1] == 3).any()
