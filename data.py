@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 from torchvision.transforms import InterpolationMode
@@ -229,7 +229,7 @@ def save_rows(rows, file):
 
 # ------------------------------------------------------------------------------------------------
 # The transforms of each stage, of one image, in a loader's worker. Where a transform ends in uint8,
-# TrainLoader makes floats of it on the device: a quarter of the bytes to hand over.
+# train_batches makes floats of it on the device: a quarter of the bytes to hand over.
 
 def crop_and_flip(size, crop_min=0.08):
     """Of tokenizer.py (our choice, the paper is silent) and pretrain.py [BEiT], which jitters."""
@@ -335,63 +335,39 @@ class Samples(Dataset):
         return self.transform(image, target)                # masks and boxes move with the image
 
 
-class GlobalBatches(Sampler):
-    """This rank's micro-batches of (epoch, index), from step `start` to step `stop`.
+def global_batches(indices, batch_size, micro_batch, start, stop, seed):
+    """Yields this rank's micro-batches of (epoch, index), from step `start` to step `stop`.
 
     A step's global batch is the same on any number of ranks: the epoch's permutation, seeded by
     (seed, epoch), is cut into batches, a batch into micro-batches in the order accumulation, rank.
     """
-
-    def __init__(self, indices, batch_size, micro_batch, start, stop, seed):
-        self.indices, self.batch_size, self.micro_batch = indices, batch_size, micro_batch
-        self.start, self.stop, self.seed = start, stop, seed
-        self.epoch = None                                   # whose permutation self.order is
-
-    def __len__(self):
-        return (self.stop - self.start) * (self.batch_size // self.micro_batch // world_size())
-
-    def __iter__(self):
-        for step in range(self.start, self.stop):
-            yield from self.of_step(step, rank())
-
-    def of_step(self, step, rank):
-        """The micro-batches of a step on a rank."""
-        epoch, place = divmod(step, len(self.indices) // self.batch_size)
-        if epoch != self.epoch:
-            self.epoch = epoch
-            generator = np.random.default_rng(derive_seed(self.seed, epoch))
-            self.order = generator.permutation(len(self.indices))
-        order = self.order[place * self.batch_size:(place + 1) * self.batch_size]
-        batch = [(epoch, self.indices[i]) for i in order]
-        first = rank * self.micro_batch
-        between = world_size() * self.micro_batch
-        return [batch[i:i + self.micro_batch] for i in range(first, self.batch_size, between)]
+    for step in range(start, stop):
+        epoch, place = divmod(step, len(indices) // batch_size)
+        if step == start or place == 0:                     # a new permutation
+            order = np.random.default_rng(derive_seed(seed, epoch)).permutation(len(indices))
+        own = order[place * batch_size:(place + 1) * batch_size]
+        batch = [(epoch, indices[i]) for i in own]
+        for i in range(rank() * micro_batch, batch_size, world_size() * micro_batch):
+            yield batch[i:i + micro_batch]
 
 
-class TrainLoader:
+def train_batches(dataset, transform, args, start, stop, device, indices=None, collate=None):
     """Yields for each step from `start` to `stop` a list of its micro-batches, on the device.
 
     These are args.accumulate pairs (inputs, labels); inputs are what the transform makes, uint8
     images turned into floats in [-1, 1]. Workers live through all epochs. indices: of the images to
     train on; None: all.
     """
-
-    def __init__(self, dataset, transform, args, start, stop, device, indices=None, collate=None):
-        indices = range(len(dataset)) if indices is None else indices
-        self.device, self.accumulate = device, args.accumulate
-        self.batches = GlobalBatches(
-            indices, args.batch_size, launch.micro_batch(args), start, stop, args.seed)
-        self.loader = make_loader(
-            Samples(dataset, transform, args.seed), self.batches, args.workers, collate)
-
-    def __iter__(self):
-        step = []
-        for inputs, labels in self.loader:
-            inputs = to_float(to_device(inputs, self.device))
-            step.append((inputs, to_device(labels, self.device)))
-            if len(step) == self.accumulate:
-                yield step
-                step = []
+    indices = range(len(dataset)) if indices is None else indices
+    batches = global_batches(
+        indices, args.batch_size, launch.micro_batch(args), start, stop, args.seed)
+    loader = make_loader(Samples(dataset, transform, args.seed), batches, args.workers, collate)
+    step = []
+    for inputs, labels in loader:
+        step.append((to_float(to_device(inputs, device)), to_device(labels, device)))
+        if len(step) == args.accumulate:
+            yield step
+            step = []
 
 
 def eval_loader(dataset, transform, batch_size, workers, indices=None, collate=None):

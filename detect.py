@@ -373,13 +373,12 @@ def main(args):
     # The run: a new one, or from where it stopped
     run = Run(args, optimizer, model_args, modules=dict(model=model),
               identity=dict(images=len(indices), init=digest))
-    loader = data.TrainLoader(dataset, transform(train=True), args, run.start, run.steps, device,
-                              indices, collate=data.as_lists)
+    batches = data.train_batches(dataset, transform(train=True), args, run.start, run.steps, device,
+                                 indices, collate=data.as_lists)
     if args.compile:
         model.backbone.compile()
     network = launch.ddp(model)
 
-    batches = iter(loader)
     for step in run.progress():
         if run.due(step):
             run.save(step)

@@ -142,7 +142,7 @@ def main(args):
     run = Run(args, optimizer, model_args, dict(model=model), identity)
     transform = data.finetune_transform(
         args.image_size, args.crop_min, args.randaugment, args.erasing)
-    loader = data.TrainLoader(train, transform, args, run.start, run.steps, device, indices)
+    batches = data.train_batches(train, transform, args, run.start, run.steps, device, indices)
     mix = mixer(args, classes)
     if args.compile:
         model.compile()
@@ -150,7 +150,6 @@ def main(args):
     autocast = launch.autocast(args, device)
     warmup = args.warmup_epochs * run.epoch_steps
 
-    batches = iter(loader)
     for step in run.progress():
         if run.due(step):
             run.save(step)

@@ -208,7 +208,7 @@ def main(args):
     # The run: a new one, or from where it stopped
     identity = dict(images=len(dataset), tokenizer=digest, eval_crop=eval_crop)
     run = Run(args, optimizer, model_args, modules, identity)
-    loader = data.TrainLoader(dataset, transform, args, run.start, run.steps, device)
+    batches = data.train_batches(dataset, transform, args, run.start, run.steps, device)
     if args.compile:
         model.compile()
         tokenizer.encoder.compile()
@@ -216,7 +216,6 @@ def main(args):
     autocast = launch.autocast(args, device)
     warmup = args.warmup_epochs * run.epoch_steps
 
-    batches = iter(loader)
     for step in run.progress():
         if run.due(step):
             run.save(step)

@@ -395,13 +395,12 @@ def main(args):
     # The run: a new one, or from where it stopped
     run = Run(args, optimizer, model_args, modules=dict(model=model),
               identity=dict(images=len(dataset), init=digest))
-    loader = data.TrainLoader(dataset, transform, args, run.start, run.steps, device)
+    batches = data.train_batches(dataset, transform, args, run.start, run.steps, device)
     if args.compile:
         model.compile()
     network = launch.ddp(model)
     autocast = launch.autocast(args, device)
 
-    batches = iter(loader)
     for step in run.progress():
         if run.due(step):
             run.save(step)

@@ -209,14 +209,13 @@ def main(args):
     # The run: a new one, or from where it stopped
     run = Run(args, optimizer, model_args, modules, identity=dict(images=len(dataset)))
     views = data.teacher_views(args.image_size, args.crop_min)
-    loader = data.TrainLoader(dataset, TwoViews(*views), args, run.start, run.steps, device)
+    batches = data.train_batches(dataset, TwoViews(*views), args, run.start, run.steps, device)
     if args.compile:
         moco.compile()
     network = launch.ddp(moco)
     autocast = launch.autocast(args, device)
     warmup = args.warmup_epochs * run.epoch_steps
 
-    batches = iter(loader)
     for step in run.progress():
         if run.due(step):
             run.save(step)

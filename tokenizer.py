@@ -204,7 +204,7 @@ def main(args):
     run = Run(args, optimizer, model_args, modules,
               identity=dict(images=len(dataset), perceptual=digest))
     transform = data.crop_and_flip(args.image_size, args.crop_min)
-    loader = data.TrainLoader(dataset, transform, args, run.start, run.steps, device)
+    batches = data.train_batches(dataset, transform, args, run.start, run.steps, device)
     if args.compile:
         tokenizer.encoder.compile()
         tokenizer.decoder.compile()
@@ -213,7 +213,6 @@ def main(args):
     networks = [network, wrapped] if wrapped else [network]
     autocast = launch.autocast(args, device)
 
-    batches = iter(loader)
     for step in run.progress():
         if run.due(step):
             run.save(step)

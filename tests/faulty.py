@@ -43,7 +43,7 @@ def record(folder):
     """[kind, step, value] a line in FOLDER/rank-R.jsonl, which test_faults.record reads."""
     Path(folder).mkdir(exist_ok=True)
     number = None                                    # at the process's end there is no group to ask
-    iterate = data.TrainLoader.__iter__
+    train_batches = data.train_batches
 
     def write(*row):
         with open(Path(folder) / f"rank-{number}.jsonl", "a") as file:
@@ -61,14 +61,15 @@ def record(folder):
         number = launch.rank()
         atexit.register(write_digest, run, -1)
 
-    def watched(loader):
-        for step, batch in enumerate(iterate(loader), loader.batches.start):
+    def watched(dataset, transform, args, start, *more, **keywords):
+        batches = train_batches(dataset, transform, args, start, *more, **keywords)
+        for step, batch in enumerate(batches, start):
             write("samples", step, [sample for part in batch for sample in digests(*part)])
             yield batch
 
     before(Run, "__init__", begin)
     before(Run, "log", write_digest)                        # it is called at each step's end
-    data.TrainLoader.__iter__ = watched
+    data.train_batches = watched
 
 
 def digests(inputs, labels):

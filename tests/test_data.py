@@ -64,7 +64,7 @@ def test_pixels_are_in_minus_one_to_one():
     assert torch.allclose(pixels[0].flatten(), torch.linspace(-1, 1, 256), atol=1e-6)
     for transform in (CROP, *data.teacher_views(16), data.eval_transform(16),
                       data.finetune_transform(16, erasing=0)):
-        image = data.to_float(transform(Synthetic(number=1)[0][0]))         # as TrainLoader does
+        image = data.to_float(transform(Synthetic(number=1)[0][0]))       # as train_batches does
         assert image.shape == (3, 16, 16) and image.dtype == torch.float32
         assert -1 <= image.min() < image.max() <= 1
 
@@ -134,9 +134,9 @@ def stream(start=0, stop=7, **changes):
     # torch's randomness and Python's
     transform = AugmentAndMask(CROP, lambda: block_mask(4, 6, 4), jitter=0.4)
     dataset = Synthetic(number=20, image_size=16)
-    loader = data.TrainLoader(dataset, transform, args, start, stop, torch.device("cpu"))
+    cpu = torch.device("cpu")
     steps = []
-    for step in loader:
+    for step in data.train_batches(dataset, transform, args, start, stop, cpu):
         parts = zip(*[(*inputs, labels) for inputs, labels in step], strict=True)
         steps.append([torch.cat(part) for part in parts])
     assert len(steps) == stop - start
@@ -158,7 +158,7 @@ def test_samples_depend_on_the_seed_alone():
 
 
 def test_every_epoch_has_another_order_and_other_augmentation():
-    steps = list(data.GlobalBatches(range(100, 120), 10, 10, 0, 4, 0))
+    steps = list(data.global_batches(range(100, 120), 10, 10, 0, 4, 0))
     assert [epoch for step in steps for epoch, _ in step] == [0] * 20 + [1] * 20
     orders = [[index for step in steps[i:i + 2] for _, index in step] for i in (0, 2)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(100, 120))
@@ -169,20 +169,21 @@ def test_every_epoch_has_another_order_and_other_augmentation():
 
 @pytest.mark.parametrize("world, accumulate", [(1, 2), (2, 1), (2, 2), (4, 1)])
 def test_global_batches_do_not_depend_on_ranks_and_accumulation(world, accumulate, monkeypatch):
-    whole = list(data.GlobalBatches(range(20), 8, 8, 0, 5, 0))
+    whole = list(data.global_batches(range(20), 8, 8, 0, 5, 0))
     monkeypatch.setattr(data, "world_size", lambda: world)
-    batches = data.GlobalBatches(range(20), 8, 8 // world // accumulate, 0, 5, 0)
-    assert len(batches) == 5 * accumulate
-    for step, batch in enumerate(whole):    # micro-batch by micro-batch, in each rank by rank
-        ranks = [batches.of_step(step, rank) for rank in range(world)]
-        assert sum(itertools.chain(*zip(*ranks, strict=True)), []) == batch
+    ranks = []
+    for rank in range(world):
+        monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
+        ranks.append(list(data.global_batches(range(20), 8, 8 // world // accumulate, 0, 5, 0)))
+    # micro-batch by micro-batch, in each rank by rank
+    assert sum(itertools.chain(*zip(*ranks, strict=True)), []) == sum(whole, [])
 
 
 # ------------------------------------------------------------------------------------------------
 # Folders
 
-def make_folder(root, classes=("ant", "bee"), images=2):
-    for split in ("train", "val"):
+def make_folder(root, classes=("ant", "bee"), images=2, splits=("train", "val")):
+    for split in splits:
         for label, name in enumerate(classes):
             (root / split / name).mkdir(parents=True)
             for i in range(images):

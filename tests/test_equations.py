@@ -62,9 +62,9 @@ def one_step(stage, transform, *flags):
     run(stage, *flags)
     args = STAGES[stage].get_args([*COMMON, *OWN[stage], *flags])
     dataset = data.load_dataset(args.data, "train", args.image_size)
-    loader = data.TrainLoader(dataset, transform, args, 0, 1, torch.device("cpu"))
+    batches = data.train_batches(dataset, transform, args, 0, 1, torch.device("cpu"))
     (row,) = log("run")
-    return weights.load("run").requires_grad_(), row, next(iter(loader))
+    return weights.load("run").requires_grad_(), row, next(batches)
 
 
 def gradient_norm(module):

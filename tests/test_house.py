@@ -19,8 +19,8 @@ MAY_IMPORT = {                                              # of the project
     "data": {"support.launch", "support.flags", "support.scenes"},
 }
 CEILINGS = {                                                # lines; they only ever sink
-    "teacher": 245, "tokenizer": 265, "pretrain": 250, "finetune": 215, "segment": 435,
-    "detect": 410, "model": 960, "data": 437, "support/launch": 309, "support/flags": 150,
+    "teacher": 245, "tokenizer": 265, "pretrain": 250, "finetune": 215, "segment": 434,
+    "detect": 409, "model": 960, "data": 413, "support/launch": 309, "support/flags": 150,
     "support/checkpoint": 144, "support/recipes": 214, "support/run": 316, "support/weights": 478,
     "support/scenes": 255,
 }
