@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import sys
-import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -96,20 +95,14 @@ def cleans_up(main):
         try:
             return main(args)
         finally:
-            if in_main_thread():
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             # They ignore SIGTERM: after an error the process would wait for them.
             for worker in multiprocessing.active_children():
                 if worker not in workers_before:
                     worker.kill()
                     worker.join()
     return clean
-
-
-def in_main_thread():
-    """Only there does Python set signal handlers."""
-    return threading.current_thread() is threading.main_thread()
 
 
 def launch_tool(name, main):
@@ -173,7 +166,7 @@ def catch_signals():
                 os.write(2, b"a checkpoint is written after this step or evaluation; "
                             b"Ctrl-C again ends at once\n")    # print may be what it interrupts
 
-    for number in SIGNALS if in_main_thread() else ():
+    for number in SIGNALS:
         # nohup has SIGHUP ignored: so it stays. (A script's "&" has SIGINT ignored, but kill -INT
         # may still ask for the checkpoint.)
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:

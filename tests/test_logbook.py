@@ -1,7 +1,6 @@
 """A run: its checkpoints, its log, the check of a step."""
 import math
 import os
-import shutil
 import signal
 import sys
 from argparse import Namespace
@@ -173,13 +172,6 @@ def test_parameters_in_another_order_are_another_architecture():
     other.optimizer = torch.optim.AdamW(list(other.modules.named_parameters())[::-1])
     with pytest.raises(InputError, match="--output run .* another architecture"):
         other.begin()
-
-
-def test_a_copy_of_a_checkpoint_is_neither_read_nor_removed():
-    trained(5)
-    shutil.copy("run/step-00000005.pt", "run/step-00000005-backup.pt")
-    trained(20)
-    assert files() == ["step-00000005-backup.pt", "step-00000015.pt", "step-00000020.pt"]
 
 
 # ------------------------------------------------------------------------------------------------

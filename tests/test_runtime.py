@@ -4,7 +4,6 @@ import math
 import multiprocessing
 import os
 import signal
-import threading
 from argparse import Namespace
 
 import pytest
@@ -116,12 +115,6 @@ def test_what_is_no_bug_ends_with_one_line_and_a_status(error, status, line, cap
     assert message.startswith(f"teacher.py: {line}")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug")])
-def test_other_errors_keep_their_traceback(error):
-    with pytest.raises(type(error), match="a bug"):
-        start(error)
-
-
 @pytest.fixture
 def handlers():
     """Puts back what catch_signals sets outside a stage's main()."""
@@ -148,16 +141,6 @@ def test_whatever_ends_a_stage_nothing_of_it_is_left(error, handlers, monkeypatc
     assert seen == [(True, 1)]                              # the control
     assert multiprocessing.active_children() == []
     assert {number: signal.getsignal(number) for number in handlers} == handlers
-
-
-def test_a_stage_in_a_thread_catches_no_signals():
-    """Python sets handlers in the main thread alone: in another one it would raise ValueError."""
-    caught = []
-    main = launch.cleans_up(lambda args: launch.catch_signals())
-    thread = threading.Thread(target=lambda: caught.append(main(Namespace())))
-    thread.start()
-    thread.join()
-    assert caught == [[]]
 
 
 def test_a_signal_is_remembered_and_a_second_ctrl_c_ends_at_once(handlers):
@@ -192,11 +175,3 @@ def test_cosine_schedule():
     assert launch.cosine(5, 5, 5, 2.0) == 2.0               # only warm-up: no division by zero
     # a fraction of a step: at or under the peak
     assert all(0 < launch.cosine(step, 20, 2.5, 1.0) <= 1.0 for step in range(20))
-
-
-def test_seeds_are_distinct():
-    numbers = [(0,), (1,), (0, 1), (1, 0), (1, 11), (11, 1), (111,), (0, 10), (10, 0)]
-    numbers += [(0, 0, i) for i in range(1000)]
-    seeds = {launch.derive_seed(*one) for one in numbers}
-    assert len(seeds) == len(numbers)
-    assert all(0 <= seed < 2 ** 63 for seed in seeds)

@@ -245,11 +245,6 @@ def test_activation_checkpointing_gives_the_same_gradients(positions):
     assert all(g.abs().sum() > 0 for g in gradients[0])
 
 
-def test_drop_path_rises_to_the_last_block():
-    vit = VisionTransformer(16, 4, dim=32, depth=3, heads=2, drop_path=0.2)
-    assert [block.drop_path.p for block in vit.blocks] == [0.0, 0.1, 0.2]
-
-
 def test_initial_weights_in_pre_training():
     """Cut off at their own σ = 0.02; those of residual branches shrink with depth."""
     torch.manual_seed(0)
