@@ -22,7 +22,6 @@ import functools
 import itertools
 import math
 import random
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -280,7 +279,7 @@ class ViTDecoder(nn.Module):
             positions = resize_positions(positions, h, w)
         x = self.embed(z_q.flatten(2).mT) + positions[:, 1:]                    # (B, N, dim)
         for block in self.blocks:
-            x = block(x, None)
+            x = block(x)
         pixels = self.out(self.norm(x)).mT.unflatten(2, (h, w))                 # (B, 3·p², h, w)
         return F.pixel_shuffle(pixels, self.patch_size)                         # (B, 3, H, W)
 
@@ -475,8 +474,11 @@ class Attention(nn.Module):
         self.v_bias = None if absolute else nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, grid, shared_bias=None):
-        """Tokens x (B, 1+N, D) of a Grid; shared_bias (1, heads, 1+N, 1+N)."""
+    def forward(self, x, grid=None, shared_bias=None):
+        """Tokens x (B, 1+N, D) → the same; the grid (h, w) is needed where positions are relative.
+
+        shared_bias: (1, heads, 1+N, 1+N).
+        """
         qkv_bias = self.qkv.bias
         if qkv_bias is None:                                # BEiT: keys have no bias
             no_bias = torch.zeros_like(self.q_bias)
@@ -486,7 +488,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, heads, 1+N, ·)
         bias = shared_bias
         if self.relative_position_bias_table is not None:
-            bias = position_bias(self.relative_position_bias_table, grid)
+            bias = position_bias(self.relative_position_bias_table, *grid)
         if bias is not None:
             bias = bias.to(q.dtype)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)             # (B, heads, 1+N, ·)
@@ -516,7 +518,7 @@ class Block(nn.Module):
         self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else 1.0
         self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else 1.0
 
-    def forward(self, x, grid, shared_bias=None):
+    def forward(self, x, grid=None, shared_bias=None):
         x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x), grid, shared_bias))
         return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
 
@@ -570,9 +572,6 @@ class VisionTransformer(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid ** 2, dim))
         elif positions == "absolute":
             self.register_buffer("pos_embed", sincos_positions(grid, dim))      # (1, 1+N, D)
-        else:
-            index = relative_position_index(grid, grid)
-            self.register_buffer("relative_position_index", index, persistent=False)
         self.blocks = nn.ModuleList()
         for i in range(depth):
             rate = drop_path * i / max(depth - 1, 1)
@@ -620,9 +619,8 @@ class VisionTransformer(nn.Module):
         return math.ceil(height / self.patch_size), math.ceil(width / self.patch_size)
 
     def embed(self, images, mask=None):
-        """Images (B, 3, H, W), mask (B, h, w) → tokens (B, 1+N, D) for the blocks, their Grid."""
+        """Images (B, 3, H, W), mask (B, h, w) → tokens (B, 1+N, D) for the blocks."""
         h, w = self.grid_of(images)
-        own_size = (h, w) == (self.grid, self.grid)
         bottom = h * self.patch_size - images.shape[2]
         right = w * self.patch_size - images.shape[3]
         if bottom or right:
@@ -632,24 +630,23 @@ class VisionTransformer(nn.Module):
             x = torch.where(mask.flatten(1).unsqueeze(-1), self.mask_token.to(x.dtype), x)
         x = x.to(self.cls_token.dtype)                     # under autocast too: as blocks add to it
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
-        if self.positions in ("learned", "absolute"):
-            positions = self.pos_embed if own_size else resize_positions(self.pos_embed, h, w)
-            return x + positions, Grid(h, w, None)
-        if own_size:
-            return x, Grid(h, w, self.relative_position_index)
-        return x, Grid(h, w, relative_position_index(h, w, x.device))
+        if self.positions in ("shared", "block"):           # the blocks know of positions
+            return x
+        if (h, w) == (self.grid, self.grid):
+            return x + self.pos_embed
+        return x + resize_positions(self.pos_embed, h, w)
 
     def visible_tokens(self, images, mask):
         """MAE's: only visible patches pass the blocks. Every image must mask equally many.
 
         Images (B, 3, H, W), mask (B, h, w) → normalised tokens (B, 1+V, D).
         """
-        x, grid = self.embed(images)
+        x = self.embed(images)
         visible = x[:, 1:][~mask.flatten(1)].unflatten(0, (len(x), -1))         # (B, V, D)
-        *_, x = self.after_blocks(torch.cat([x[:, :1], visible], 1), grid)
+        *_, x = self.after_blocks(torch.cat([x[:, :1], visible], 1))
         return self.norm(x)
 
-    def after_blocks(self, x, grid, shared_bias=None):
+    def after_blocks(self, x, grid=None, shared_bias=None):
         """Yields the tokens (B, ·, D) after each block in turn.
 
         checkpoint_activations: recomputes activations in the backward pass, to save memory.
@@ -666,8 +663,9 @@ class VisionTransformer(nn.Module):
         depth = len(self.blocks)
         if not layers or not all(1 <= layer <= depth for layer in layers):
             raise ValueError(f"layers {list(layers)}: this ViT has blocks 1 to {depth}")
-        x, grid = self.embed(images, mask)
-        shared_bias = self.rel_pos_bias(grid) if self.rel_pos_bias is not None else None
+        grid = self.grid_of(images)
+        shared_bias = self.rel_pos_bias(*grid) if self.rel_pos_bias is not None else None
+        x = self.embed(images, mask)
         every = itertools.islice(self.after_blocks(x, grid, shared_bias), max(layers))
         kept = {layer: x for layer, x in enumerate(every, 1) if layer in layers}
         return [kept[layer] for layer in layers]
@@ -759,7 +757,7 @@ class MaskedDecoder(nn.Module):
         """Tokens (B, 1+N, dim) with their positions through all blocks, normalised."""
         x = x + self.pos_embed
         for block in self.blocks:
-            x = block(x, None)
+            x = block(x)
         return self.norm(x)
 
 
@@ -867,13 +865,6 @@ class ViTPyramid(nn.Module):
 # attention. All blocks share one table in pre-training, each has its own in fine-tuning. Modules
 # and parameters have BEiT's names, so that its files load unchanged.
 
-class Grid(NamedTuple):
-    """Patches of the images at hand, down and across; with relative positions also their index."""
-    h: int
-    w: int
-    index: torch.Tensor | None
-
-
 def relative_position_index(h, w, device=None):
     """Row of the bias table for each pair of tokens, class token first → (1+N, 1+N)."""
     down, across = torch.arange(h, device=device), torch.arange(w, device=device)
@@ -894,13 +885,12 @@ def bias_table(grid, heads):
     return nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, heads))
 
 
-def position_bias(table, grid):
-    """The biases of a table for a Grid of patches → (1, heads, 1+N, 1+N)."""
-    h, w, index = grid
+def position_bias(table, h, w):
+    """The biases of a table for h × w patches → (1, heads, 1+N, 1+N)."""
     if h != w or len(table) != (2 * h - 1) ** 2 + 3:
         table = resize_bias_table(table, h, w)
-    bias = table[index].permute(2, 0, 1).unsqueeze(0)
-    return bias.contiguous()                                # fused attention needs contiguous rows
+    bias = table[relative_position_index(h, w, table.device)]                   # (1+N, 1+N, heads)
+    return bias.permute(2, 0, 1).unsqueeze(0).contiguous()  # fused attention needs contiguous rows
 
 
 class RelativePositionBias(nn.Module):
@@ -910,8 +900,8 @@ class RelativePositionBias(nn.Module):
         super().__init__()
         self.relative_position_bias_table = bias_table(grid, heads)
 
-    def forward(self, grid):
-        return position_bias(self.relative_position_bias_table, grid)
+    def forward(self, h, w):
+        return position_bias(self.relative_position_bias_table, h, w)
 
 
 @torch.compiler.disable                                     # the bisection in it is not for tracing

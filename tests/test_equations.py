@@ -14,7 +14,7 @@ from helpers import TinyVGG, log, pixels, randomize, seeded, statistics, tiny_re
 import data
 import model
 import pretrain
-from model import IMAGENET_MEAN, IMAGENET_STD, Grid, PerceptualLoss, Quantizer, VQTokenizer
+from model import IMAGENET_MEAN, IMAGENET_STD, PerceptualLoss, Quantizer, VQTokenizer
 from support import weights
 
 
@@ -174,7 +174,7 @@ def vit_maps(network, inputs):
     tokens = network.patch_embed(inputs)
     tokens = torch.cat([network.cls_token.expand(2, -1, -1), tokens], 1) + network.pos_embed
     for block in network.blocks:
-        tokens = block(tokens, Grid(4, 4, None))
+        tokens = block(tokens)
         yield tokens[:, 1:].mT.unflatten(2, (4, 4))
 
 
@@ -261,7 +261,7 @@ def test_eq6_masked_patches_become_the_mask_token():
     vit = tiny_vit(codes=8)
     x = pixels(2, 3, 16, 16)
     mask = torch.rand(2, 4, 4, generator=seeded()) < 0.5
-    tokens, _ = vit.embed(x, mask)                                              # (2, 17, 32)
+    tokens = vit.embed(x, mask)                                              # (2, 17, 32)
     assert torch.equal(tokens[:, :1], vit.cls_token.expand(2, -1, -1))
     for b, i, j in itertools.product(range(2), range(4), range(4)):
         patch = x[b, :, 4 * i:4 * i + 4, 4 * j:4 * j + 4]

@@ -20,7 +20,7 @@ MAY_IMPORT = {                                              # of the project
 }
 CEILINGS = {                                                # lines; they only ever sink
     "teacher": 245, "tokenizer": 265, "pretrain": 250, "finetune": 215, "segment": 434,
-    "detect": 409, "model": 960, "data": 413, "support/launch": 302, "support/flags": 150,
+    "detect": 409, "model": 949, "data": 413, "support/launch": 302, "support/flags": 150,
     "support/checkpoint": 144, "support/recipes": 214, "support/run": 316, "support/weights": 478,
     "support/scenes": 255,
 }

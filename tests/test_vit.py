@@ -95,7 +95,7 @@ def test_relative_position_index_against_a_double_loop():
 def test_attention_is_softmax_of_scores_and_bias():
     """By loops over heads and tokens. Only queries and values have a bias of their own (BEiT)."""
     vit = tiny_vit(positions="block")
-    x, grid = vit.embed(pixels(1, 3, 16, 16))
+    x = vit.embed(pixels(1, 3, 16, 16))
     attention = vit.blocks[0].attn
     table = attention.relative_position_bias_table                              # (52, heads)
     index = model.relative_position_index(4, 4)
@@ -108,7 +108,7 @@ def test_attention_is_softmax_of_scores_and_bias():
         channels = slice(16 * head, 16 * head + 16)
         scores = [q[i, channels] @ k[j, channels] / 4 + table[index[i, j], head] for j in range(17)]
         out[i, channels] = torch.stack(scores).softmax(0) @ v[:, channels]
-    assert torch.allclose(attention(x, grid)[0], attention.proj(out), atol=1e-4)
+    assert torch.allclose(attention(x, (4, 4))[0], attention.proj(out), atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (12, 20)])
