@@ -261,7 +261,7 @@ def test_eq6_masked_patches_become_the_mask_token():
     vit = tiny_vit(codes=8)
     x = pixels(2, 3, 16, 16)
     mask = torch.rand(2, 4, 4, generator=seeded()) < 0.5
-    tokens = vit.embed(x, mask)                                              # (2, 17, 32)
+    tokens = vit.embed(x, mask)                                                 # (2, 17, 32)
     assert torch.equal(tokens[:, :1], vit.cls_token.expand(2, -1, -1))
     for b, i, j in itertools.product(range(2), range(4), range(4)):
         patch = x[b, :, 4 * i:4 * i + 4, 4 * j:4 * j + 4]
